@@ -1,0 +1,1 @@
+"""Workers, detectors and the Label Studio dialect of label-studio-anomaly."""

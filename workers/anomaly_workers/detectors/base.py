@@ -1,0 +1,58 @@
+"""The contract every detector keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+from anomaly_workers.types import Detection, Picture, Progress, no_progress
+
+
+class Detector(ABC):
+    """Learns what normal looks like, then scores images. Higher is more abnormal, always.
+
+    Attributes:
+        side: the `side` that pictures given to this detector are loaded with (`images.load`).
+        threshold: operating point on the calibrated scale, in [0, 1].
+    """
+
+    side: int
+    threshold: float
+
+    @abstractmethod
+    def fit(
+        self, pictures: Sequence[Picture], *, confirmed: Sequence[bool] = (), progress: Progress = no_progress
+    ) -> None:
+        """Learn from pictures taken as mostly normal.
+
+        Args:
+            pictures: training pictures, at least two.
+            confirmed: one flag a picture, True where a person said "normal"; empty means nobody looked, so that some
+                of them may be defects and the fit must be robust against that.
+            progress: told the done fraction and stage; may raise `Cancelled`.
+
+        Raises:
+            ConfigError: fewer than two pictures.
+        """
+
+    @abstractmethod
+    def predict(self, pictures: Sequence[Picture]) -> list[Detection]:
+        """Score pictures of any mix of shapes, in their order.
+
+        Raises:
+            NotFitted: before `fit` or `load`.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write `detector.safetensors` and `detector.json` into an existing folder."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, *, device: str = "cpu") -> Detector:
+        """Read what `save` wrote; predictions are equal up to float rounding.
+
+        Raises:
+            StoreError: a file is missing or damaged.
+        """
