@@ -1,0 +1,394 @@
+"""Files that outlive every process: projects, versions, predictions, heatmaps.
+
+    DATA_DIR/secrets.json                         password and heatmap key, mode 0600
+    DATA_DIR/projects/<project>/connection.json   Label Studio's address and token, mode 0600
+                               /config.xml        the label config last seen
+                               /current           name of the deployed version, one atomic pointer
+                               /rollout           name of the version that is being scored to replace it
+                               /history.jsonl     every deployment, appended
+                               /versions/<version>/card.json, detector.json, detector.safetensors
+                               /records/<version>/<task // 1000>/<task>.json, <task>.png (16-bit anomaly map)
+                               /heatmaps/<version>/<key[:2]>/<key>.jpg
+                               /failures/<task>.json
+
+Every write goes to a temporary name first and is renamed, so that a reader sees the old file or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+import time
+from base64 import urlsafe_b64decode
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hmac import compare_digest
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from anomaly_workers.errors import StoreError
+from anomaly_workers.types import JSON, Connection
+
+PERMANENT = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a task has no prediction.
+
+    Attributes:
+        task: task id.
+        reason: one line.
+        image: the task's image value.
+        attempts: how often it was tried; PERMANENT if trying again cannot help.
+        at: seconds since the epoch of the last try.
+    """
+
+    task: int
+    reason: str
+    image: str
+    attempts: int
+    at: float
+
+    def is_due(self, image: str, now: float) -> bool:
+        """Whether the task deserves another try: its image changed, or a passing fault had time to pass."""
+        if image != self.image:
+            return True
+        return self.attempts != PERMANENT and now - self.at > min(3600.0, 20.0 * 2.0**self.attempts)
+
+
+class Store:
+    """The data directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def project(self, project: int) -> ProjectStore:
+        """Return the part of one project; nothing is created until something is written."""
+        return ProjectStore(self.root / "projects" / str(int(project)), int(project))
+
+    def projects(self) -> list[ProjectStore]:
+        """Return every project that is connected, by id."""
+        folder = self.root / "projects"
+        if not folder.is_dir():
+            return []
+        ids = sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+        return [self.project(project) for project in ids if self.project(project).is_connected]
+
+    def secret(self, name: str) -> str:
+        """Return the named secret, made at the first call and kept with mode 0600."""
+        path = self.root / "secrets" / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _write_once(path, secrets.token_urlsafe(24).encode())
+        return path.read_text().strip()
+
+    def heatmap_token(self, project: int) -> str:
+        """Return the unguessable part of a project's heatmap address."""
+        return hashlib.blake2s(f"heatmap {project}".encode(), key=self.secret("heatmap")[:32].encode()).hexdigest()[:32]
+
+    def owns_heatmap(self, project: int, token: str) -> bool:
+        """Check a heatmap address in constant time."""
+        return compare_digest(self.heatmap_token(project), token)
+
+
+class ProjectStore:
+    """What is known of one project."""
+
+    def __init__(self, folder: Path, project: int) -> None:
+        self.folder = folder
+        self.id = project
+
+    # -- the project itself
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether `connect` stored how to reach Label Studio and nobody disconnected it."""
+        return (self.folder / "connection.json").exists()
+
+    def connect(self, connection: Connection) -> None:
+        """Remember how to reach Label Studio."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "connection.json", json.dumps(asdict(connection)).encode(), mode=0o600)
+
+    def disconnect(self) -> None:
+        """Forget the credentials; versions and records stay."""
+        (self.folder / "connection.json").unlink(missing_ok=True)
+
+    def connection(self) -> Connection:
+        """Return how to reach Label Studio.
+
+        Raises:
+            StoreError: the project is not connected.
+        """
+        path = self.folder / "connection.json"
+        if not path.exists():
+            raise StoreError(f"Project {self.id} is not connected. Run: ls-anomaly connect --project {self.id}")
+        return Connection(**_read_json(path))
+
+    @property
+    def label_config(self) -> str:
+        """The label config last seen, empty if none."""
+        path = self.folder / "config.xml"
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def keep_label_config(self, xml: str) -> None:
+        """Remember the label config."""
+        if xml and xml != self.label_config:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write(self.folder / "config.xml", xml.encode())
+
+    # -- versions
+
+    @property
+    def current(self) -> str:
+        """The deployed version, empty before the first."""
+        return self._pointer("current")
+
+    @property
+    def rollout(self) -> str:
+        """The version that is being scored to replace `current`, empty if none."""
+        return self._pointer("rollout")
+
+    @property
+    def target(self) -> str:
+        """The version that open tasks should be scored with now."""
+        return self.rollout or self.current
+
+    def versions(self) -> list[JSON]:
+        """Return the cards of all versions, oldest first."""
+        cards = [_read_json(path) for path in (self.folder / "versions").glob("*/card.json")]
+        return sorted(cards, key=lambda card: int(card["number"]))
+
+    def card(self, version: str) -> JSON:
+        """Return a version's card.
+
+        Raises:
+            StoreError: there is no such version.
+        """
+        path = self.version_folder(version) / "card.json"
+        if not path.exists():
+            raise StoreError(f"Project {self.id} has no version {version!r}. See: ls-anomaly versions {self.id}")
+        return _read_json(path)
+
+    def version_folder(self, version: str) -> Path:
+        """Return where a version's files are."""
+        return self.folder / "versions" / _safe(version)
+
+    @contextmanager
+    def new_version(self) -> Iterator[Path]:
+        """Yield a scratch folder for a version's weights; remove it unless `publish` took it."""
+        scratch = self.folder / "versions" / f".new-{os.getpid()}-{secrets.token_hex(4)}"
+        scratch.mkdir(parents=True)
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def publish(self, scratch: Path, card: Mapping[str, Any]) -> str:
+        """Make an immutable version of `scratch`; return its name, `<detector>-v<number>-<hash of the weights>`."""
+        number = max((int(known["number"]) for known in self.versions()), default=0) + 1
+        digest = _digest(scratch)
+        version = f"{card['detector']}-v{number}-{digest[:8]}"
+        full = {"version": version, "number": number, "sha256": digest, "created": _now(), **card}
+        _write(scratch / "card.json", json.dumps(full, indent=2).encode())
+        os.rename(scratch, self.version_folder(version))
+        return version
+
+    def roll_out(self, version: str) -> None:
+        """Start replacing the deployed version; the first version is deployed at once."""
+        self.card(version)
+        if not self.current:
+            self.deploy(version, reason="first version")
+        elif version == self.current:
+            (self.folder / "rollout").unlink(missing_ok=True)
+        else:
+            _write(self.folder / "rollout", version.encode())
+
+    def deploy(self, version: str, *, reason: str) -> None:
+        """Switch the pointer to `version` and note it in the history."""
+        self.card(version)
+        previous = self.current
+        entry = {"at": _now(), "from": previous, "to": version, "reason": reason}
+        with (self.folder / "history.jsonl").open("a", encoding="utf-8") as history:
+            history.write(json.dumps(entry) + "\n")
+        _write(self.folder / "current", version.encode())
+        if self.rollout == version:
+            (self.folder / "rollout").unlink(missing_ok=True)
+
+    def history(self) -> list[JSON]:
+        """Return every deployment, oldest first."""
+        path = self.folder / "history.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+    # -- records: what a version said of a task
+
+    def keep_record(self, version: str, task: int, record: Mapping[str, Any], anomaly_map: NDArray[np.float32]) -> None:
+        """Keep a prediction as it will be pushed, with its map."""
+        path = self._record(version, task)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path.with_suffix(".png"), _encode_map(anomaly_map))
+        _write(path, json.dumps(record).encode())
+
+    def mark_pushed(self, version: str, tasks: Mapping[int, bool]) -> None:
+        """Note which records are in Label Studio."""
+        for task, pushed in tasks.items():
+            mark = self._record(version, task).with_suffix(".pushed")
+            if pushed:
+                mark.touch()
+            else:
+                mark.unlink(missing_ok=True)
+
+    def record(self, version: str, task: int) -> JSON | None:
+        """Return a prediction as pushed, None if this version did not score the task."""
+        path = self._record(version, task)
+        return _read_json(path) if path.exists() else None
+
+    def is_pushed(self, version: str, task: int) -> bool:
+        """Whether Label Studio took the record."""
+        return self._record(version, task).with_suffix(".pushed").exists()
+
+    def anomaly_map(self, version: str, task: int) -> NDArray[np.float32] | None:
+        """Return the stored map, (h, w) float32 in [0, 1], None if there is none."""
+        path = self._record(version, task).with_suffix(".png")
+        return _decode_map(path.read_bytes()) if path.exists() else None
+
+    # -- heatmaps
+
+    def keep_heatmap(self, version: str, image: str, picture: bytes) -> None:
+        """Keep a heatmap under its image's address."""
+        path = self._heatmap(version, image)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, picture)
+
+    def heatmap(self, image: str) -> Path | None:
+        """Return the newest heatmap of an image: the deployed version's, or the one about to replace it."""
+        candidates = [self._heatmap(version, image) for version in (self.current, self.rollout) if version]
+        return next((path for path in candidates if path.exists()), None)
+
+    # -- failures
+
+    def keep_failure(self, task: int, reason: str, image: str, *, permanent: bool) -> None:
+        """Note why a task could not be scored."""
+        known = self.failure(task)
+        attempts = PERMANENT if permanent else (known.attempts + 1 if known and known.attempts >= 0 else 1)
+        failure = Failure(task, " ".join(reason.split()), image[:500], attempts, time.time())
+        path = self.folder / "failures" / f"{int(task)}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(asdict(failure)).encode())
+
+    def forget_failures(self, tasks: Iterator[int] | list[int]) -> None:
+        """Forget failures of tasks that were scored after all, or are gone."""
+        for task in tasks:
+            (self.folder / "failures" / f"{int(task)}.json").unlink(missing_ok=True)
+
+    def failure(self, task: int) -> Failure | None:
+        """Return why a task could not be scored, None if nothing is known."""
+        path = self.folder / "failures" / f"{int(task)}.json"
+        return Failure(**_read_json(path)) if path.exists() else None
+
+    def failures(self) -> list[Failure]:
+        """Return all failures, by task."""
+        folder = self.folder / "failures"
+        found = [Failure(**_read_json(path)) for path in folder.glob("*.json")] if folder.is_dir() else []
+        return sorted(found, key=lambda failure: failure.task)
+
+    # -- paths
+
+    def _pointer(self, name: str) -> str:
+        path = self.folder / name
+        try:
+            return path.read_text().strip()
+        except FileNotFoundError:
+            return ""
+
+    def _record(self, version: str, task: int) -> Path:
+        return self.folder / "records" / _safe(version) / str(int(task) // 1000) / f"{int(task)}.json"
+
+    def _heatmap(self, version: str, image: str) -> Path:
+        key = image_key(image)
+        return self.folder / "heatmaps" / _safe(version) / key[:2] / f"{key}.jpg"
+
+
+def image_key(value: str) -> str:
+    """Return the same key for an image's raw value and for what Label Studio's page makes of it.
+
+    `s3://bucket/a.png` is shown as `/tasks/83/resolve/?fileuri=<base64>`, `/data/upload/…` with or without a host.
+    """
+    parts = urlsplit(value)
+    path = parts.path
+    if path.startswith("/tasks/") and "fileuri=" in parts.query:
+        encoded = parse_qs(parts.query)["fileuri"][0]
+        value = urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4)).decode(errors="replace")
+    elif "/data/upload/" in path or "/data/local-files/" in path:
+        start = path.index("/data/")
+        value = path[start:] + (f"?{parts.query}" if parts.query else "")
+    return hashlib.sha256(value.encode()).hexdigest()[:40]
+
+
+def _encode_map(anomaly_map: NDArray[np.float32]) -> bytes:
+    levels = np.round(np.clip(anomaly_map, 0.0, 1.0) * 65535).astype(np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(levels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _decode_map(content: bytes) -> NDArray[np.float32]:
+    with Image.open(io.BytesIO(content)) as picture:
+        return np.asarray(picture, dtype=np.float32) / np.float32(65535)
+
+
+def _digest(folder: Path) -> str:
+    total = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        total.update(path.name.encode())
+        total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+def _safe(name: str) -> str:
+    if not name or name.startswith(".") or not all(letter.isalnum() or letter in "._-" for letter in name):
+        raise StoreError(f"{name!r} is not a version name.")
+    return name
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _read_json(path: Path) -> JSON:
+    try:
+        return cast(JSON, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}. Restore it from a backup or remove it.") from error
+
+
+def _write(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+    os.replace(scratch, path)
+
+
+def _write_once(path: Path, content: bytes) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
+    try:
+        os.link(scratch, path)  # unlike rename, fails when another process was first
+    except FileExistsError:
+        pass
+    finally:
+        scratch.unlink()
