@@ -93,6 +93,13 @@ def backend_url(settings: Settings) -> str:
     return (settings.backend_url or public_url(settings)).rstrip("/")
 
 
+def to_environ(settings: Settings) -> dict[str, str]:
+    """Return the variables that give a child process the same settings."""
+    values = settings.model_dump()
+    plain = {name: value.get_secret_value() if isinstance(value, SecretStr) else value for name, value in values.items()}
+    return {PREFIX + name.upper(): str(value) for name, value in plain.items() if str(value) != ""}
+
+
 class _FromValues(Settings):
     """Settings from the given values alone: the environment was read by the caller."""
 

@@ -5,6 +5,7 @@
                                /config.xml        the label config last seen
                                /current           name of the deployed version, one atomic pointer
                                /rollout           name of the version that is being scored to replace it
+                               /announced         name of the version that Label Studio was told to show
                                /history.jsonl     every deployment, appended
                                /versions/<version>/card.json, detector.json, detector.safetensors
                                /records/<version>/<task // 1000>/<task>.json, <task>.png (16-bit anomaly map)
@@ -165,6 +166,15 @@ class ProjectStore:
         """The version that open tasks should be scored with now."""
         return self.rollout or self.current
 
+    @property
+    def announced(self) -> str:
+        """The version that Label Studio was told to show, empty if none."""
+        return self._pointer("announced")
+
+    def keep_announced(self, version: str) -> None:
+        """Note which version Label Studio was told to show."""
+        _write(self.folder / "announced", version.encode())
+
     def versions(self) -> list[JSON]:
         """Return the cards of all versions, oldest first."""
         cards = [_read_json(path) for path in (self.folder / "versions").glob("*/card.json")]
@@ -299,11 +309,16 @@ class ProjectStore:
         path = self.folder / "failures" / f"{int(task)}.json"
         return Failure(**_read_json(path)) if path.exists() else None
 
+    def failing(self) -> frozenset[int]:
+        """Return the ids of the tasks that could not be scored, without reading why."""
+        folder = self.folder / "failures"
+        names = os.listdir(folder) if folder.is_dir() else []
+        return frozenset(int(name.removesuffix(".json")) for name in names if name[0].isdigit())
+
     def failures(self) -> list[Failure]:
         """Return all failures, by task."""
-        folder = self.folder / "failures"
-        found = [Failure(**_read_json(path)) for path in folder.glob("*.json")] if folder.is_dir() else []
-        return sorted(found, key=lambda failure: failure.task)
+        found = [self.failure(task) for task in sorted(self.failing())]
+        return [failure for failure in found if failure is not None]
 
     # -- paths
 
