@@ -23,6 +23,7 @@ IMPORT_ROWS = 1000  # predictions or tasks an import
 IMPORT_BYTES = 32_000_000
 UPLOAD_FILES = 50  # Label Studio takes at most 100 a request
 ATTEMPTS = 6
+IMPORT_ATTEMPTS = 3
 PAUSE_SECONDS = 0.25  # doubles with every attempt
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 DROPPED = "Label Studio dropped it: its names or labels are not in the label config, or its score is not in [0, 1]."
@@ -376,13 +377,13 @@ class Client:
 
     def _import(self, project: int, batch: Sequence[JSON]) -> list[Rejected]:
         path = f"/api/projects/{project}/import/predictions"
-        for attempt in range(ATTEMPTS):
+        for attempt in range(IMPORT_ATTEMPTS):
             try:
                 created = self._send("POST", path, body=batch, attempts=1).get("created", 0)
             except LabelStudioError as error:
                 if error.status == 400:
                     return self._import_halves(project, batch, str(error))
-                if not _is_transient(error.status) or attempt == ATTEMPTS - 1:
+                if not _is_transient(error.status) or attempt == IMPORT_ATTEMPTS - 1:
                     raise
                 self._wait(attempt, str(error))
                 batch = self._missing(project, batch)
