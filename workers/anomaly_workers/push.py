@@ -27,9 +27,9 @@ def predictions(connection: Redis, client: Client, store: ProjectStore, version:
     if not items:
         return 0
     with writing(connection, store.id):
-        present = client.predicted_tasks(store.id, version, [item["task"] for item in items])
+        present = client.prediction_counts(store.id, version, tasks=[item["task"] for item in items])
         fresh = [item for item in items if item["task"] not in present]
-        rejected = client.import_predictions(store.id, fresh)
+        rejected = {one.task_id: one.reason for one in client.import_predictions(store.id, fresh)}
         for task, reason in rejected.items():
             store.keep_failure(task, f"Label Studio refused the prediction: {reason}", "", permanent=False)
         taken = [item["task"] for item in items if item["task"] not in rejected]

@@ -7,18 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from anomaly_workers.errors import ConfigError
 
 PREFIX = "ANOMALY_"
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """Everything that can be configured; secrets are masked in `repr` and logs."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     data_dir: Path = Field(
         Path.home() / ".local/share/label-studio-anomaly",
@@ -76,7 +75,7 @@ def load_settings(environ: Mapping[str, str] | None = None, **overrides: Any) ->
             values[_field_of(name)] = value
     values = {name: value for name, value in values.items() if value != ""}
     try:
-        return _FromValues(**(values | overrides))
+        return Settings(**(values | overrides))
     except ValidationError as error:
         first = error.errors()[0]
         name = PREFIX + str(first["loc"][0]).upper()
@@ -98,14 +97,6 @@ def to_environ(settings: Settings) -> dict[str, str]:
     values = settings.model_dump()
     plain = {name: value.get_secret_value() if isinstance(value, SecretStr) else value for name, value in values.items()}
     return {PREFIX + name.upper(): str(value) for name, value in plain.items() if str(value) != ""}
-
-
-class _FromValues(Settings):
-    """Settings from the given values alone: the environment was read by the caller."""
-
-    @classmethod
-    def settings_customise_sources(cls, *_args: Any, init_settings: Any, **_sources: Any) -> tuple[Any, ...]:
-        return (init_settings,)
 
 
 def _field_of(variable: str) -> str:

@@ -270,6 +270,11 @@ class ProjectStore:
         """Whether Label Studio took the record."""
         return self._record(version, task).with_suffix(".pushed").exists()
 
+    def pushed(self, version: str) -> int:
+        """Return how many of a version's records Label Studio took."""
+        folder = self.folder / "records" / _safe(version)
+        return sum(1 for _ in folder.glob("*/*.pushed"))
+
     def anomaly_map(self, version: str, task: int) -> NDArray[np.float32] | None:
         """Return the stored map, (h, w) float32 in [0, 1], None if there is none."""
         path = self._record(version, task).with_suffix(".png")

@@ -1,0 +1,221 @@
+"""The sweep: finds every open task without a prediction of the wanted version, whatever a lost webhook said.
+
+Runs in a process of its own (`python -m anomaly_workers.sweep`), on one machine at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from redis import Redis
+from redis.exceptions import LockError, RedisError
+
+from anomaly_workers import lifeline, push, queues, server
+from anomaly_workers.client import Client, Project
+from anomaly_workers.counters import count
+from anomaly_workers.errors import AnomalyError, LabelStudioError
+from anomaly_workers.labelstudio import config, decode
+from anomaly_workers.queues import Queues
+from anomaly_workers.settings import Settings, load_settings
+from anomaly_workers.store import ProjectStore, Store
+from anomaly_workers.types import JSON, Controls, Task
+
+logger = logging.getLogger(__name__)
+
+ENOUGH_NORMALS = 20
+"""Confirmed normal images from which on nothing unconfirmed is fitted on."""
+
+GROWTH = 2.0
+"""A version fitted on few images is replaced once the project has this many times as many."""
+
+
+DOUBLES_SECONDS = 600
+"""How often all predictions of a project are compared with its tasks, beyond the rounds that give a reason to."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingTasks:
+    """What a detector is fitted on.
+
+    Attributes:
+        tasks: the tasks, evenly sampled down to the limit.
+        confirmed: for each, whether a person said "normal".
+        available: how many tasks the project had.
+    """
+
+    tasks: tuple[Task, ...]
+    confirmed: tuple[bool, ...]
+    available: int
+
+
+def sweep_project(client: Client, store: ProjectStore, queue: Queues, settings: Settings) -> int:
+    """Queue whatever is missing in one project, finish a rollout, mend doubles; return how many tasks were missing.
+
+    Raises:
+        LabelStudioError: Label Studio did not answer; the next round tries again.
+    """
+    info = client.project(store.id)
+    store.keep_label_config(info.label_config)
+    value = config.parse(store.label_config).value
+    if not store.target:
+        if info.tasks and not queue.fitting(store.id):
+            queue.enqueue_fit(store.id, "first")
+        return info.tasks
+    due = [task for task in client.open_tasks(store.id, without_version=store.target) if _is_due(store, task, value)]
+    busy = queue.busy(store.id, store.target)
+    queue.enqueue_score(store.id, store.target, [task for task in due if task.id not in busy])
+    if not due:
+        if store.rollout:
+            finish_rollout(client, store, queue.connection)
+        tidy(client, store, info, queue.connection)
+    if _has_grown(store, info, settings) and not queue.fitting(store.id):
+        queue.enqueue_fit(store.id, "growth")
+    return len(due)
+
+
+def finish_rollout(client: Client, store: ProjectStore, connection: Redis) -> None:
+    """Deploy a version that every open task has a prediction of; at no moment does the label stream show none."""
+    version = store.rollout
+    with push.writing(connection, store.id):
+        store.deploy(version, reason="every open task is scored")
+        push.announce(client, store, version)
+    logger.info("project %d: %s deployed", store.id, version)
+
+
+def tidy(client: Client, store: ProjectStore, info: Project, connection: Redis) -> None:
+    """Remove predictions of our replaced versions, and doubles; predictions of others are never touched."""
+    stored = client.versions(store.id)
+    ours = {str(card["version"]) for card in store.versions()} - {store.current, store.rollout}
+    old = sorted(ours & set(stored))
+    if not old and info.model_version == store.current and not _may_have_doubles(store, stored, connection):
+        return
+    with push.writing(connection, store.id):
+        if info.model_version != store.current and store.current in stored:
+            store.keep_announced("")
+            push.announce(client, store, store.current)
+        for version in old:
+            client.delete_version(store.id, version)
+        counts = client.prediction_counts(store.id, store.current)
+        doubled = [task for task, count in counts.items() if count > 1]
+        if doubled:
+            for ids in client.prediction_ids(store.id, store.current, tasks=doubled).values():
+                for prediction in ids[1:]:
+                    client.delete_prediction(prediction)
+
+
+def training_tasks(client: Client, controls: Controls, project: int, *, limit: int) -> TrainingTasks:
+    """Choose what to fit on: confirmed normals if there are enough, otherwise with them every unlabelled image."""
+    verdicts = {item.task: verdict(item.annotations, controls) for item in client.annotated_tasks(project)}
+    normal = [task for task, anomaly in verdicts.items() if anomaly is False]
+    labelled = {task.id for task in verdicts}
+    unlabelled = [task for task in client.open_tasks(project) if task.id not in labelled]
+    chosen = normal if len(normal) >= ENOUGH_NORMALS else sorted([*normal, *unlabelled], key=lambda task: task.id)
+    known = {task.id for task in normal}
+    sample = _evenly(chosen, limit)
+    return TrainingTasks(
+        tasks=tuple(sample),
+        confirmed=tuple(task.id in known for task in sample),
+        available=len(labelled) + len(unlabelled),
+    )
+
+
+def verdict(annotations: Sequence[JSON], controls: Controls) -> bool | None:
+    """Return what the annotators of a task say together: True for anomaly, None when they disagree or say nothing."""
+    said = {decode.verdict(annotation["result"], controls) for annotation in annotations} - {None}
+    return said.pop() if len(said) == 1 else None
+
+
+def may_fit(images: int, project: int, connection: Redis, settings: Settings) -> bool:
+    """Whether to fit now: there are enough images, or at least two and none came for a while."""
+    if images >= settings.min_images:
+        return True
+    key, now = f"anomaly:settle:{project}", time.time()
+    before = cast("bytes | None", connection.get(key))
+    count, _, since = (before or b"0:0").decode().partition(":")
+    if int(count) != images:
+        connection.set(key, f"{images}:{now}", ex=3600)
+        since = str(now)
+    return images >= 2 and now - float(since) >= settings.settle_seconds
+
+
+def run(settings: Settings, connection: Redis, stop: threading.Event) -> None:
+    """Sweep every project, again and again, until `stop` is set."""
+    store, queue = Store(settings.data_dir), Queues(connection, settings)
+    while not stop.is_set():
+        try:
+            with connection.lock("anomaly:sweep", timeout=300, blocking_timeout=0.1):
+                _sweep_all(store, queue, settings)
+                count(connection, "sweeps")
+        except LockError:
+            logger.debug("another machine is sweeping")
+        except RedisError as error:
+            logger.warning("sweep: Redis does not answer: %s", error)
+        stop.wait(settings.sweep_seconds)
+
+
+def main() -> None:
+    """Run the sweep as a process that ends with its parent."""
+    parser = argparse.ArgumentParser(prog="python -m anomaly_workers.sweep", description=main.__doc__)
+    parser.add_argument("--parent", type=int, help="end when the process with this id does")
+    parent = parser.parse_args().parent
+    settings = load_settings()
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    if parent:
+        lifeline.follow(parent)
+    run(settings, queues.connect(server.ensure(settings)), stop)
+
+
+def _sweep_all(store: Store, queue: Queues, settings: Settings) -> None:
+    for project in store.projects():
+        try:
+            with Client(project.connection()) as client:
+                sweep_project(client, project, queue, settings)
+        except LabelStudioError as error:
+            if error.status == 404:
+                logger.warning("project %d is gone from Label Studio; its versions are kept", project.id)
+                project.disconnect()
+            else:
+                logger.warning("project %d: %s", project.id, error)
+        except (AnomalyError, LockError) as error:
+            logger.warning("project %d: %s", project.id, error)
+
+
+def _is_due(store: ProjectStore, task: Task, value: str) -> bool:
+    failure = store.failure(task.id)
+    return failure is None or failure.is_due(config.image_of(task.data, value) or "", time.time())
+
+
+def _has_grown(store: ProjectStore, info: Project, settings: Settings) -> bool:
+    if store.rollout:
+        return False
+    card = store.card(store.current)
+    small = card["mode"] == "cold start" and int(card["images"]) < settings.max_fit_images
+    return small and info.tasks >= GROWTH * int(card["project_images"])
+
+
+def _may_have_doubles(store: ProjectStore, stored: Mapping[str, int], connection: Redis) -> bool:
+    """Whether Label Studio holds more predictions than tasks were pushed, or it is time to look anyway."""
+    more = stored.get(store.current, 0) > store.pushed(store.current)
+    regular = connection.set(f"anomaly:doubles:{store.id}", 1, nx=True, ex=DOUBLES_SECONDS)
+    return more or bool(regular)
+
+
+def _evenly(items: Sequence[Task], limit: int) -> Sequence[Task]:
+    if len(items) <= limit:
+        return items
+    return [items[index * len(items) // limit] for index in range(limit)]
+
+
+if __name__ == "__main__":
+    main()
