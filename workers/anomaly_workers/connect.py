@@ -1,0 +1,248 @@
+"""Joining a Label Studio project to this backend, so that running it again changes nothing."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from anomaly_workers.client import Backend, Client, Project, Webhook
+from anomaly_workers.errors import ConfigError, LabelStudioError
+from anomaly_workers.labelstudio import config, template
+from anomaly_workers.settings import Settings, backend_url
+from anomaly_workers.types import Controls
+
+TITLE = "label-studio-anomaly"
+ACTIONS = (
+    "TASKS_CREATED",
+    "TASKS_DELETED",
+    "ANNOTATION_CREATED",
+    "ANNOTATIONS_CREATED",
+    "ANNOTATION_UPDATED",
+    "ANNOTATIONS_DELETED",
+    "PROJECT_UPDATED",
+)
+FIELDS: Mapping[str, str | int | bool] = {
+    "sampling": "Uncertainty sampling",
+    "show_collab_predictions": True,
+    "evaluate_predictions_automatically": False,
+    "min_annotations_to_start_training": 0,
+}
+OPEN_UP = (
+    "Start Label Studio with USE_DEFAULT_BANNED_SUBNETS=false and USER_ADDITIONAL_BANNED_SUBNETS=169.254.0.0/16 "
+    "(list every network it must not reach), or on a closed network with ML_BLOCK_LOCAL_IP=false and "
+    "SSRF_PROTECTION_ENABLED=false."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectReport:
+    """What `connect` found and did.
+
+    Attributes:
+        project: project id.
+        title: project title.
+        address: the project's page in Label Studio.
+        controls: what predictions will fill.
+        backend: id of the registered ML backend.
+        webhook: id of the webhook.
+        changes: what was changed, one line each; empty when everything was right already.
+    """
+
+    project: int
+    title: str
+    address: str
+    controls: Controls
+    backend: int
+    webhook: int
+    changes: tuple[str, ...]
+
+
+def connect(
+    client: Client,
+    settings: Settings,
+    *,
+    project: int | None,
+    create: str | None,
+    password: str,
+    heatmap_url: Callable[[int], str],
+    add_heatmap: bool = False,
+) -> ConnectReport:
+    """Set a project up: label config, project settings, ML backend, webhook.
+
+    Args:
+        client: the Label Studio.
+        settings: says where the front end is, as Label Studio sees it, and its user name.
+        project: an existing project, or
+        create: the title of a new one; one that has the title already is used.
+        password: the front end's basic-authentication password.
+        heatmap_url: project id to the address of its heatmap pictures, as a browser sees it.
+        add_heatmap: add the heatmap panel to the label config of an existing project.
+
+    Raises:
+        ConfigError: the label config cannot carry predictions, or Label Studio cannot use the backend; the message
+            names the setting to change.
+        LabelStudioError: Label Studio refused something else, or does not answer.
+    """
+    changes: list[str] = []
+    found = _project(client, project, create, heatmap_url, changes)
+    controls = config.parse(found.label_config)
+    if add_heatmap:
+        found = _with_panel(client, found, heatmap_url(found.id), changes)
+    _set_fields(client, found, changes)
+    url = backend_url(settings)
+    backend = _register(client, found, url, settings.user, password, changes)
+    webhook = _subscribe(client, found.id, url, {"Authorization": basic(settings.user, password)}, changes)
+    _leave_live_mode(client, found, changes)
+    address = f"{client.connection.url}/projects/{found.id}/data"
+    return ConnectReport(found.id, found.title, address, controls, backend.id, webhook.id, tuple(changes))
+
+
+def disconnect(client: Client, settings: Settings, *, project: int) -> None:
+    """Take the ML backend and its webhook out of a project; predictions and annotations stay."""
+    url = backend_url(settings)
+    _leave_live_mode(client, client.project(project), [])
+    for backend in client.backends(project):
+        if _same(backend.url, url) or backend.title == TITLE:
+            client.delete_backend(backend.id)
+    for webhook in client.webhooks(project):
+        if _same(webhook.url, f"{url}/webhook"):
+            client.delete_webhook(webhook.id)
+
+
+def basic(user: str, password: str) -> str:
+    """Return the value of a basic-authentication header."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
+
+
+def _project(
+    client: Client,
+    project: int | None,
+    create: str | None,
+    heatmap_url: Callable[[int], str],
+    changes: list[str],
+) -> Project:
+    if (project is None) == (not create):
+        raise ConfigError("Give either --project ID or --create TITLE.")
+    if project is not None:
+        return client.project(project)
+    assert create is not None
+    same = next((one for one in client.projects() if one.title == create), None)
+    if same is not None:
+        return client.project(same.id)
+    new = client.create_project(create, template.default_config(""))
+    changes.append(f"created project {new.id}")
+    return client.update_project(new.id, label_config=template.default_config(heatmap_url(new.id)))
+
+
+def _with_panel(client: Client, project: Project, url: str, changes: list[str]) -> Project:
+    wanted = template.with_heatmap(project.label_config, url)
+    if wanted == project.label_config:
+        return project
+    changes.append("added the heatmap panel to the label config")
+    return client.update_project(project.id, label_config=wanted)
+
+
+def _set_fields(client: Client, project: Project, changes: list[str]) -> None:
+    different = {name: value for name, value in FIELDS.items() if getattr(project, name) != value}
+    if different:
+        client.update_project(project.id, **different)
+        changes += [f"set {name} to {value}" for name, value in different.items()]
+
+
+def _register(client: Client, project: Project, url: str, user: str, password: str, changes: list[str]) -> Backend:
+    ours = [one for one in client.backends(project.id) if _same(one.url, url) or one.title == TITLE]
+    ours.sort(key=lambda one: (not _same(one.url, url), one.id))
+    for extra in ours[1:]:
+        client.delete_backend(extra.id)
+        changes.append(f"removed ML backend {extra.id}, which was registered twice")
+    if ours and _is_right(ours[0], url, user):
+        return ours[0]
+    try:
+        if ours:
+            changes.append(f"updated ML backend {ours[0].id}")
+            _forget_webhook(client, project.id, ours[0].url, url)
+            return client.update_backend(ours[0].id, project.id, url, title=TITLE, user=user, password=password)
+        backend = client.create_backend(project.id, url, title=TITLE, user=user, password=password)
+    except LabelStudioError as error:
+        raise _explained(client, project.id, url, error) from error
+    changes.append(f"registered ML backend {backend.id} at {url}")
+    return backend
+
+
+def _is_right(backend: Backend, url: str, user: str) -> bool:
+    """Whether Label Studio reaches the backend with a password it accepts; the password itself is never shown."""
+    settings = (backend.title, backend.user, backend.auth_method, backend.is_interactive, backend.has_password)
+    return settings == (TITLE, user, "BASIC_AUTH", True, True) and backend.state == "CO" and _same(backend.url, url)
+
+
+def _explained(client: Client, project: int, url: str, error: LabelStudioError) -> Exception:
+    """Say what to change after Label Studio refused the backend."""
+    said = str(error)
+    if error.status == 403 and "reserved network" in said:
+        saved = [one for one in client.backends(project) if _same(one.url, url)]
+        for row in saved:  # with ML_BLOCK_LOCAL_IP=false alone the backend is kept, but no events would ever come
+            client.delete_backend(row.id)
+        half = "ML_BLOCK_LOCAL_IP=false alone is not enough. " if saved else ""
+        return ConfigError(f"Label Studio refuses the backend at {url}: a private address. {half}{OPEN_UP}")
+    if "authentication" in said:
+        return ConfigError(
+            f"The front end at {url} refuses the password. Give it and `connect` the same ANOMALY_USER and "
+            "ANOMALY_PASSWORD (or ANOMALY_DATA_DIR)."
+        )
+    if error.status == 400 and "Can't connect" in said or "resolve hostname" in said:
+        return ConfigError(
+            f"Label Studio cannot reach {url}. Start the front end (`ls-anomaly up`), and set ANOMALY_BACKEND_URL to "
+            "its address as Label Studio sees it (in a container that is not localhost)."
+        )
+    return error
+
+
+def _subscribe(client: Client, project: int, url: str, headers: Mapping[str, str], changes: list[str]) -> Webhook:
+    address = f"{url}/webhook"
+    ours = sorted((one for one in client.webhooks(project) if _same(one.url, address)), key=lambda one: one.id)
+    for extra in ours[1:]:
+        client.delete_webhook(extra.id)
+        changes.append(f"removed webhook {extra.id}, which existed twice")
+    if not ours:
+        try:
+            webhook = client.create_webhook(project, address, headers=headers, actions=ACTIONS)
+        except LabelStudioError as error:
+            raise _explained(client, project, url, error) from error
+        changes.append(f"created webhook {webhook.id}")
+        return webhook
+    if _is_subscribed(ours[0], headers):
+        return ours[0]
+    changes.append(f"set the headers and actions of webhook {ours[0].id}")
+    return client.update_webhook(ours[0].id, headers=headers, actions=ACTIONS)
+
+
+def _is_subscribed(webhook: Webhook, headers: Mapping[str, str]) -> bool:
+    switches = (webhook.is_active, webhook.send_payload, webhook.send_for_all_actions)
+    actions = set(webhook.actions) == set(ACTIONS)
+    return switches == (True, True, False) and actions and dict(webhook.headers) == dict(headers)
+
+
+def _forget_webhook(client: Client, project: int, old: str, new: str) -> None:
+    """Remove the webhook of an address the backend has left."""
+    if _same(old, new):
+        return
+    for webhook in client.webhooks(project):
+        if _same(webhook.url, f"{old.rstrip('/')}/webhook"):
+            client.delete_webhook(webhook.id)
+
+
+def _leave_live_mode(client: Client, before: Project, changes: list[str]) -> None:
+    """Registration makes the ML backend's title the model version: then annotators depend on a live backend.
+
+    The version that was set before is put back; the first push of predictions sets its literal name.
+    """
+    wanted = "" if before.model_version == TITLE else before.model_version
+    if client.project(before.id).model_version != wanted:
+        client.set_model_version(before.id, wanted)
+        if before.model_version == TITLE:
+            changes.append("left live mode: predictions are shown by their literal version")
+
+
+def _same(one: str, other: str) -> bool:
+    return one.rstrip("/") == other.rstrip("/")
