@@ -8,20 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
 from redis import Redis
 from redis.backoff import ExponentialBackoff
 from redis.client import Pipeline
 from redis.retry import Retry as RedisRetry
-from rq.command import send_stop_job_command
+from rq.command import send_command
 from rq.defaults import RQ_KEY_PREFIX
-from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.job import Job, JobStatus, Retry
 from rq.serializers import JSONSerializer
 from rq.utils import utcformat, utcparse
 
-from anomaly_workers.allowed import AllowedJob
 from anomaly_workers.jobkey import FitKey, JobKey, ScoreKey, parse_key
 from anomaly_workers.scripts import Scripts, text
 from anomaly_workers.settings import Settings
@@ -138,8 +136,9 @@ class Queues:
         answer = self._scripts.cancel(args=[job_id, time.time()])
         if answer is None:
             return False
-        if text(answer) not in ("removed", ""):
-            self._tell_worker(job_id)
+        if (worker := text(answer)) not in ("removed", ""):
+            # Should this not arrive, the job meets its flag at its next progress.
+            send_command(self.connection, worker, "stop-job", job_id=job_id)
         return True
 
     def depth(self) -> dict[str, int]:
@@ -208,22 +207,10 @@ class Queues:
             answers = pipeline.execute()
         return [dict(zip(fields, map(text, answer), strict=True)) for answer in answers]
 
-    def _tell_worker(self, job_id: str) -> None:
-        """Interrupt the job; should this not arrive, the job meets its flag at its next progress."""
-        try:
-            send_stop_job_command(self.connection, job_id, serializer=JSONSerializer)
-        except (NoSuchJobError, InvalidJobOperation):
-            return  # it has just ended
-
 
 _ORDER = {
     state: order for order, state in enumerate(("running", "retrying", "queued", "failed", "cancelled", "finished"))
 }
-
-
-def open_job(connection: Redis, job_id: str) -> AllowedJob:
-    """Fetch a job the safe way: JSON, and no function, callback or webhook of it is resolved."""
-    return cast(AllowedJob, AllowedJob.fetch(job_id, connection=connection, serializer=JSONSerializer))
 
 
 def _batches(tasks: Sequence[Task], size: int) -> Iterable[list[Task]]:

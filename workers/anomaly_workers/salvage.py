@@ -93,8 +93,8 @@ class Salvage:
 
     def bury(self, worker: str, verdict: Verdict) -> None:
         """Give back what a dead worker had taken or was running, and strike it off."""
-        if job := self._scripts.unclaim(args=[worker]):
-            logger.info("Job %s is queued again: its worker %s died before it began", text(job), worker)
+        if became := text(self._scripts.unclaim(args=[worker, verdict.most_kills, verdict.reason])):
+            logger.warning("A job that worker %s had taken and not begun is now %s", worker, became)
         for running in self.running():
             if running.worker == worker:
                 self._give_back(running, verdict)

@@ -70,6 +70,20 @@ local function save(id, queue, first)
     push(id, queue, false)
 end
 
+-- What becomes of a job whose worker is dead. `most` is how many workers it may cost; 0 does not count this one.
+local function after_death(id, queue, most, reason)
+    if redis.call('HGET', job_of(id), 'cancel') then
+        close(id, queue, 'stopped', 'Cancelled.')
+        return 'stopped'
+    end
+    if most > 0 and redis.call('HINCRBY', job_of(id), 'kills', 1) >= most then
+        close(id, queue, 'failed', reason)
+        return 'failed'
+    end
+    push(id, queue, true)
+    return 'queued'
+end
+
 -- A fit of the project of `id`, so that one project's fits run one after the other.
 local function prefix_of(id) return string.match(id, '^fit%-%d+%-') end
 local function begins(id, prefix) return string.sub(id, 1, #prefix) == prefix end
@@ -150,27 +164,22 @@ end
 return nil
 """
 
-# ARGV: worker. Puts the job that a worker took and did not begin back to the front. Returns its id or nothing.
+# ARGV: worker, most kills, reason if the job ends. For the job that a dead worker took and did not begin.
+# Returns 'queued', 'failed', 'stopped' or '' (there was none).
 _UNCLAIM = """
 local held = redis.call('HGET', claims, ARGV[1])
-if not held then return nil end
+if not held then return '' end
 redis.call('HDEL', claims, ARGV[1])
 local queue, id = string.match(held, '^([^:]*):(.*)$')
-if redis.call('LREM', taken_of(queue), 1, id) == 0 then return nil end
-if redis.call('EXISTS', job_of(id)) == 0 or waiting(id, queue) then return nil end
-if redis.call('HGET', job_of(id), 'cancel') then
-    close(id, queue, 'stopped', 'Cancelled before it ran.')
-else
-    push(id, queue, true)
-end
-return id
+if redis.call('LREM', taken_of(queue), 1, id) == 0 then return '' end
+if redis.call('EXISTS', job_of(id)) == 0 or waiting(id, queue) then return '' end
+return after_death(id, queue, tonumber(ARGV[2]), ARGV[3])
 """
 
-# ARGV: queue, id, execution, most kills ('0': do not count), reason if it ends. For a job whose worker is dead:
-# it stands in front again, or has ended. Returns 'queued', 'failed', 'stopped' or '' (somebody else was first).
+# ARGV: queue, id, execution, most kills, reason if the job ends. For a job that a dead worker was running.
+# Returns 'queued', 'failed', 'stopped' or '' (somebody else was first).
 _GIVE_BACK = """
 local queue, id, execution = ARGV[1], ARGV[2], ARGV[3]
-local most, reason = tonumber(ARGV[4]), ARGV[5]
 local entry = id .. ':' .. execution
 if redis.call('ZREM', rq .. 'wip:' .. queue, entry) == 0 then return '' end
 redis.call('DEL', rq .. 'execution:' .. entry)
@@ -181,16 +190,7 @@ if not status or status == 'finished' or status == 'failed' or status == 'stoppe
     return ''
 end
 if waiting(id, queue) or redis.call('EXISTS', rq .. 'executions:' .. id) == 1 then return '' end
-if redis.call('HGET', job_of(id), 'cancel') then
-    close(id, queue, 'stopped', 'Cancelled.')
-    return 'stopped'
-end
-if most > 0 and redis.call('HINCRBY', job_of(id), 'kills', 1) >= most then
-    close(id, queue, 'failed', reason)
-    return 'failed'
-end
-push(id, queue, true)
-return 'queued'
+return after_death(id, queue, tonumber(ARGV[4]), ARGV[5])
 """
 
 # ARGV: id, time. Returns 'removed', the name of the worker to tell ('' while it is being taken), or nothing.

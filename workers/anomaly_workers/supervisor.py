@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 
 from redis import Redis
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import ConnectionError, TimeoutError
+from redis.exceptions import ConnectionError, RedisError, TimeoutError
 from redis.retry import Retry
 
-from anomaly_workers import machine
+from anomaly_workers import machine, server
+from anomaly_workers.errors import AnomalyError
 from anomaly_workers.salvage import SHUTDOWN, Running, Salvage, Verdict
-from anomaly_workers.settings import PREFIX, Settings
+from anomaly_workers.settings import PREFIX, Settings, to_environ
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ SWEEP = (sys.executable, "-m", "anomaly_workers.sweep")
 TICK_SECONDS = 0.1
 CHECK_SECONDS = 1.0
 TIDY_SECONDS = 60.0
+REVIVE_SECONDS = 5.0
 STOP_GRACE = 5.0
 CANCEL_GRACE = 15.0
 HARD_GRACE = 30.0
@@ -130,13 +132,14 @@ class Supervisor:
             environ: the environment to pass on, by default this process's.
         """
         inherited = dict(os.environ if environ is None else environ)
-        base = inherited | _variables(settings) | {f"{PREFIX}REDIS_URL": redis_url}
+        base = inherited | to_environ(settings) | {f"{PREFIX}REDIS_URL": redis_url}
+        self._settings = settings
         self._salvage = Salvage(_connect(redis_url))
         self._children = [_Child(worker_command, extra, True) for extra in _places(settings, workers, base)]
         if sweep_command is not None:
             self._children.append(_Child(sweep_command, base, False))
         self._dead: dict[str, Verdict] = {}
-        self._check, self._tidy = _Clock(CHECK_SECONDS), _Clock(TIDY_SECONDS)
+        self._check, self._tidy, self._revive = _Clock(CHECK_SECONDS), _Clock(TIDY_SECONDS), _Clock(REVIVE_SECONDS)
         self._asked = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -179,11 +182,18 @@ class Supervisor:
         self._with_redis(self._bury)
         for child in self._children:
             if child.process is None and time.monotonic() >= child.due:
-                child.spawn()
+                self._spawn(child)
         if self._check.due():
             self._with_redis(self._look_around)
         if self._tidy.due():
             self._with_redis(self._salvage.tidy)
+
+    def _spawn(self, child: _Child) -> None:
+        try:
+            child.spawn()
+        except OSError as error:  # out of memory or processes
+            logger.error("%s cannot be started: %s", _title(child), error)
+            child.bury()
 
     def _note_death(self, child: _Child) -> None:
         assert child.process is not None
@@ -229,10 +239,24 @@ class Supervisor:
         self._with_redis(self._bury)
 
     def _with_redis(self, action: Callable[[], None]) -> None:
+        """Do what needs Redis; without it the processes are watched all the same."""
         try:
             action()
         except (ConnectionError, TimeoutError) as error:
             logger.warning("Redis does not answer: %s", error)
+            if not self._asked.is_set() and self._revive.due():
+                self._revive_redis()
+        except RedisError as error:
+            logger.error("Redis refused: %s", error)
+
+    def _revive_redis(self) -> None:
+        """Start the embedded server again if it died; a configured one is somebody else's."""
+        if self._settings.redis_url:
+            return
+        try:
+            server.ensure(self._settings)
+        except (AnomalyError, RedisError, OSError) as error:
+            logger.error("The embedded Redis cannot be started: %s", error)
 
 
 def _end(child: _Child, deadline: float) -> None:
@@ -249,15 +273,6 @@ def _end(child: _Child, deadline: float) -> None:
 def _connect(url: str) -> Redis:
     """Return a connection that gives up soon: watching processes goes on without Redis."""
     return Redis.from_url(url, socket_timeout=5, retry=Retry(ExponentialBackoff(cap=0.5), 3))
-
-
-def _variables(settings: Settings) -> dict[str, str]:
-    """Render settings back to variables, so that a child sees what its parent was told on the command line."""
-    given = settings.model_dump(exclude_defaults=True)
-    secrets_shown = {
-        name: getattr(value, "get_secret_value", lambda value=value: value)() for name, value in given.items()
-    }
-    return {PREFIX + name.upper(): str(value) for name, value in secrets_shown.items()}
 
 
 def _places(settings: Settings, workers: int, base: Mapping[str, str]) -> Iterator[dict[str, str]]:

@@ -24,7 +24,7 @@ from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import ConnectionError, TimeoutError
 from rq import worker_registration
-from rq.exceptions import DeserializationError, NoSuchJobError
+from rq.exceptions import DeserializationError, NoSuchJobError, TimeoutFormatError
 from rq.executions import Execution
 from rq.job import Job
 from rq.queue import Queue
@@ -37,7 +37,7 @@ from anomaly_workers import lifeline, machine, server
 from anomaly_workers.allowed import AllowedJob, check
 from anomaly_workers.errors import AnomalyError, Cancelled, ConfigError, JobError, Unauthorized, WeightsError
 from anomaly_workers.queues import QUEUES, connect
-from anomaly_workers.scripts import CLAIMS, Scripts
+from anomaly_workers.scripts import CLAIMS, Scripts, text
 from anomaly_workers.settings import Settings, load_settings
 
 logger = logging.getLogger(__name__)
@@ -98,9 +98,8 @@ class WarmWorker(SimpleWorker):
         """
         self.set_state(WorkerStatus.IDLE)
         while not self._stop_requested:
-            found = self._scripts.claim(args=[self.name, *QUEUES])
-            if found:
-                queue, job_id = (part.decode() for part in found)
+            if found := self._scripts.claim(args=[self.name, *QUEUES]):
+                queue, job_id = map(text, found)
                 if job := self._fetch(job_id):
                     return job, self._queue(queue)
                 self._drop(queue, job_id)
@@ -118,7 +117,7 @@ class WarmWorker(SimpleWorker):
             return AllowedJob.fetch(job_id, connection=self.connection, serializer=self.serializer)
         except NoSuchJobError:
             return None  # deleted since it was queued
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError, TimeoutFormatError) as error:
             logger.warning("Job %s is dropped, it cannot be read: %s", job_id, error)
             return None
 
@@ -275,10 +274,10 @@ class _JobProgress:
 
 def one_line(error: BaseException | None) -> str:
     """Return what to tell a person: our own errors' message, other errors with their class."""
-    text = " ".join(str(error).split())
+    said = " ".join(str(error).split())
     if not isinstance(error, (AnomalyError, Interrupted, OutOfTime)):
-        text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return text[:500]
+        said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return said[:500]
 
 
 def new_name() -> str:
