@@ -161,11 +161,11 @@ def _log_in(http: httpx.Client, email: str, password: str, page: str) -> dict[st
     """Fill in the log-in or sign-up form; return the headers that later requests of the session need."""
     origin = {"Referer": str(http.base_url)}
     http.get(page)
-    form = {"csrfmiddlewaretoken": http.cookies.get("csrftoken", ""), "email": email, "password": password}
+    form = {"csrfmiddlewaretoken": http.cookies.get("csrftoken") or "", "email": email, "password": password}
     answer = http.post(page, data=form, headers=origin)
     if answer.status_code != 302:
         raise Unauthorized(f"Label Studio refused the login of {email}. Correct its password.", status=401)
-    return origin | {"X-CSRFToken": http.cookies.get("csrftoken", "")}
+    return origin | {"X-CSRFToken": http.cookies.get("csrftoken") or ""}
 
 
 def _environment(inherited: Mapping[str, str], url: str, folder: Path) -> dict[str, str]:
