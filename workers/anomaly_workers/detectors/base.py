@@ -4,9 +4,35 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from anomaly_workers.types import Detection, Picture, Progress, no_progress
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a detector is built.
+
+    Attributes:
+        detector: a name in `DETECTORS`.
+        backbone: a timm or torchvision name, see `backbones.create`.
+        weights: local weight file; empty means the embedded package's, "random" is for tests.
+        weights_sha256: checksum the file must have; empty means unchecked.
+        image_size: square root of the pixel count pictures are scaled to.
+        device: "cpu", "cuda" or "cuda:N".
+        target_fpr: share of normal images that may raise an alarm.
+        seed: makes a fit repeatable.
+    """
+
+    detector: str = "patchcore"
+    backbone: str = "efficientnet_lite0"
+    weights: str = ""
+    weights_sha256: str = ""
+    image_size: int = 256
+    device: str = "cpu"
+    target_fpr: float = 0.01
+    seed: int = 0
 
 
 class Detector(ABC):

@@ -1,0 +1,99 @@
+"""Which images of an unlabelled, possibly contaminated set to trust as normal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from anomaly_workers.detectors.calibration import gumbel_quantile
+from anomaly_workers.detectors.crossfit import folds
+from anomaly_workers.detectors.maps import raw_scores
+from anomaly_workers.detectors.neighbours import nearest, square_norms
+from anomaly_workers.types import Progress, no_progress
+
+BANK = 2000
+"""Patches drawn at random from the other folds."""
+
+SMALLEST = 5
+"""Fewer images than this say nothing about which of them is odd."""
+
+ROUNDS = 2
+"""The second round is judged by banks without the first round's suspects."""
+
+CUT = 0.005
+"""An image is suspect where a normal one would score as high with less than this probability."""
+
+MOST = 0.5
+"""At most this share is left out."""
+
+
+def trusted(
+    grids: Sequence[Tensor], confirmed: Sequence[bool], *, seed: int, progress: Progress = no_progress
+) -> list[int]:
+    """Return the indices of the images to remember as normal; confirmed ones always.
+
+    Each image is scored by its distance to patches drawn at random from other folds of the images. Random patches
+    follow density: a defect that few images share is hardly ever drawn, where a coreset would seek it out (the idea of
+    SoftPatch, arXiv 2403.14233: discard by local density before the coreset). Images far out in the tail of the law
+    that the lower three quarters of the scores follow are left out altogether, so that scoring such an image later
+    does not meet its own patches.
+    """
+    count = len(grids)
+    if count < SMALLEST or all(confirmed):
+        return list(range(count))
+    keep: NDArray[np.bool_] = np.ones(count, np.bool_)
+    for number in range(ROUNDS):
+        scores = _scores(grids, keep, seed=seed + number)
+        suspect = scores > robust_limit(scores, share=CUT)
+        keep = _bounded(~suspect | np.asarray(confirmed, np.bool_), scores)
+        progress((number + 1) / ROUNDS, "looking for images to leave out")
+    return [int(index) for index in np.flatnonzero(keep)]
+
+
+def robust_limit(scores: NDArray[np.float64], *, share: float) -> float:
+    """Return the score that a normal image passes with probability `share`.
+
+    A Gumbel law is laid through the quantiles from 5 % to 60 %, which 30 % of defects at the top move little.
+    """
+    probabilities = np.linspace(0.05, 0.6, 12)
+    quantiles = np.quantile(scores, probabilities)
+    standard = -np.log(-np.log(probabilities))
+    scale, location = np.polyfit(standard, quantiles, 1)
+    return float(location + max(scale, 0.02 * abs(location)) * gumbel_quantile(1 - share))
+
+
+def _scores(grids: Sequence[Tensor], keep: NDArray[np.bool_], *, seed: int) -> NDArray[np.float64]:
+    """Return every image's raw score by kept images of other folds."""
+    scores = np.zeros(len(grids))
+    generator = torch.Generator().manual_seed(seed)
+    for fold in folds(len(grids), seed=seed):
+        others = [i for i in range(len(grids)) if keep[i] and i not in fold]
+        bank = _random_patches([grids[i] for i in others], generator)
+        norms = square_norms(bank)
+        for index in fold:
+            grid = grids[index]  # (h, w, d)
+            distances = nearest(grid.flatten(0, 1), bank, norms=norms).view(1, *grid.shape[:2])
+            scores[index] = float(raw_scores(distances)[0])
+    return scores
+
+
+def _random_patches(grids: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """Draw equally many patches (k, d) of each grid."""
+    each = max(1, BANK // len(grids))
+    drawn = []
+    for grid in grids:
+        rows = grid.flatten(0, 1)
+        drawn.append(rows[torch.randperm(len(rows), generator=generator)[:each].to(rows.device)])
+    return torch.cat(drawn)
+
+
+def _bounded(keep: NDArray[np.bool_], scores: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Keep at least the lowest-scoring half."""
+    least = np.argsort(scores)[: int(np.ceil((1 - MOST) * len(scores)))]
+    kept = keep.copy()
+    kept[least] = True
+    return kept

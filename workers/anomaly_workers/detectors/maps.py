@@ -1,0 +1,41 @@
+"""From a grid of patch distances to a raw anomaly map with its raw score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+SIGMA = 1.0
+"""Width of the Gaussian in grid cells; at stride 8 that is 8 pixels."""
+
+TOP_SHARE = 0.01
+"""The raw score is the mean over this share of the map, its highest part."""
+
+
+def raw_maps(distances: Tensor, size: tuple[int, int]) -> Tensor:
+    """Smooth patch distances (n, h, w) and enlarge them to `size` (height, width); returns (n, height, width)."""
+    smooth = _smoothed(distances[:, None])  # (n, 1, h, w)
+    return functional.interpolate(smooth, size=size, mode="bilinear")[:, 0]
+
+
+def raw_scores(distances: Tensor) -> Tensor:
+    """Return the raw score (n,) of patch distances (n, h, w): the mean of the highest smoothed values.
+
+    One value alone makes a noisy score; it is at most the map's maximum, so that an image whose score reaches a
+    threshold has a region that does.
+    """
+    flat = _smoothed(distances[:, None]).flatten(1)  # (n, h * w)
+    count = max(1, round(TOP_SHARE * flat.shape[1]))
+    return flat.topk(count, dim=1).values.mean(dim=1)
+
+
+def _smoothed(values: Tensor) -> Tensor:
+    """Convolve (n, 1, h, w) with a Gaussian, along rows and columns in turn, repeating the border."""
+    radius = round(3 * SIGMA)
+    steps = torch.arange(-radius, radius + 1, dtype=values.dtype, device=values.device)
+    kernel = torch.exp(-0.5 * (steps / SIGMA) ** 2)
+    kernel = kernel / kernel.sum()
+    padded = functional.pad(values, (radius, radius, radius, radius), mode="replicate")
+    rows = functional.conv2d(padded, kernel.view(1, 1, 1, -1))
+    return functional.conv2d(rows, kernel.view(1, 1, -1, 1))

@@ -1,0 +1,68 @@
+"""PatchCore: distance to the nearest remembered patch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from anomaly_workers.detectors.coreset import greedy_coreset
+from anomaly_workers.detectors.neighbours import nearest, square_norms
+from anomaly_workers.detectors.patchwise import PatchwiseDetector
+from anomaly_workers.types import Progress, no_progress
+
+SHARE = 0.01
+"""Share of all patches that the bank holds, PatchCore's smallest setting: within 0.1 points of the largest there."""
+
+FEWEST, MOST = 1000, 8000
+"""Bounds on the bank: a handful of images is remembered nearly whole, thousands still search fast."""
+
+OVERSAMPLING = 10
+"""The coreset is chosen among this many times its size, sampled at random: time grows with the bank squared only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """Patches that cover all normal ones.
+
+    Attributes:
+        patches: (m, d).
+        norms: (m,) squared norms of the patches.
+    """
+
+    patches: Tensor
+    norms: Tensor
+
+    @classmethod
+    def learn(cls, grids: Sequence[Tensor], *, seed: int, progress: Progress = no_progress) -> Self:
+        """Choose a coreset of all patches of the grids (h, w, d)."""
+        rows = torch.cat([grid.flatten(0, 1) for grid in grids])  # (n, d)
+        count = min(max(int(SHARE * len(rows)), FEWEST), MOST, len(rows))
+        chosen = greedy_coreset(rows, count, seed=seed, candidates=OVERSAMPLING * count, progress=progress)
+        patches = rows[chosen]
+        return cls(patches, square_norms(patches))
+
+    def distances(self, grids: Tensor) -> Tensor:
+        """Return each patch's distance (n, h, w) to the nearest of the bank."""
+        return nearest(grids.flatten(0, 2), self.patches, norms=self.norms).view(grids.shape[:3])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the bank's tensor."""
+        return {"patches": self.patches}
+
+    @classmethod
+    def restore(cls, state: dict[str, Tensor]) -> Self:
+        """Rebuild from `state`."""
+        return cls(state["patches"], square_norms(state["patches"]))
+
+
+class PatchCore(PatchwiseDetector):
+    """PatchCore (Roth et al., arXiv 2106.08265) with a coreset chosen from a sample and a top-share score.
+
+    Left out: the paper's re-weighting by neighbours' density (section 3.3), which the averaged score replaces.
+    """
+
+    memory_type = Bank

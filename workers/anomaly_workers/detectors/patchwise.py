@@ -1,0 +1,143 @@
+"""What all detectors share that compare an image's patches with remembered normal ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from anomaly_workers import backbones
+from anomaly_workers.backbones import Backbone
+from anomaly_workers.detectors.base import Detector, Options
+from anomaly_workers.detectors.calibration import THRESHOLD, Calibration, calibrate
+from anomaly_workers.detectors.coldstart import trusted
+from anomaly_workers.detectors.crossfit import held_out_scores
+from anomaly_workers.detectors.maps import raw_maps, raw_scores
+from anomaly_workers.detectors.patches import patch_grids
+from anomaly_workers.errors import ConfigError, NotFitted, StoreError
+from anomaly_workers.types import Detection, Picture, Progress, no_progress
+
+TENSORS = "detector.safetensors"
+CARD = "detector.json"
+
+
+class Memory(Protocol):
+    """What is remembered of normal patches: the part in which methods differ."""
+
+    @classmethod
+    def learn(cls, grids: Sequence[Tensor], *, seed: int, progress: Progress = no_progress) -> Self:
+        """Remember grids (h, w, d), not all of one shape."""
+
+    def distances(self, grids: Tensor) -> Tensor:
+        """Return how far each patch of (n, h, w, d) is from normal, as (n, h, w)."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that `restore` needs."""
+
+    @classmethod
+    def restore(cls, state: dict[str, Tensor]) -> Self:
+        """Rebuild from `state`'s tensors."""
+
+
+class PatchwiseDetector(Detector):
+    """A detector that is a frozen backbone, a memory of normal patches and a calibration.
+
+    Subclasses name their kind of memory.
+    """
+
+    memory_type: type[Memory]
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.side = options.image_size
+        self.threshold = THRESHOLD
+        self.backbone = _backbone(options)
+        self._memory: Memory | None = None
+        self._calibration: Calibration | None = None
+
+    def fit(
+        self, pictures: Sequence[Picture], *, confirmed: Sequence[bool] = (), progress: Progress = no_progress
+    ) -> None:
+        """See `Detector.fit`; suspicious unconfirmed pictures are left out as `coldstart.trusted` says."""
+        flags = _flags(pictures, confirmed)
+        grids = patch_grids(self.backbone, pictures, progress=_part(progress, 0.0, 0.5))
+        seed = self.options.seed
+        kept = trusted(grids, flags, seed=seed, progress=_part(progress, 0.5, 0.6))
+        normal = [grids[i] for i in kept]
+        scores = held_out_scores(self.memory_type, normal, seed=seed, progress=_part(progress, 0.6, 0.8))
+        self._memory = self.memory_type.learn(normal, seed=seed, progress=_part(progress, 0.8, 1.0))
+        self._calibration = calibrate(scores, target_fpr=self.options.target_fpr)
+        progress(1.0, "fitted")
+
+    def predict(self, pictures: Sequence[Picture]) -> list[Detection]:
+        """See `Detector.predict`; pictures of one shape share a pass."""
+        if self._memory is None or self._calibration is None:
+            raise NotFitted("This detector has not been fitted. Call fit or load first.")
+        memory, calibration = self._memory, self._calibration
+        grids = patch_grids(self.backbone, pictures)
+        return [
+            self._detection(picture, memory.distances(grid[None]), calibration)
+            for picture, grid in zip(pictures, grids, strict=True)
+        ]
+
+    def save(self, folder: Path) -> None:
+        """See `Detector.save`."""
+        if self._memory is None or self._calibration is None:
+            raise NotFitted("There is nothing to save yet. Call fit first.")
+        state = {name: tensor.cpu().contiguous() for name, tensor in self._memory.state().items()}
+        safetensors.torch.save_file(state, folder / TENSORS)
+        options = {**asdict(self.options), "device": "cpu"}
+        card = {"options": options, "calibration": asdict(self._calibration), "threshold": self.threshold}
+        (folder / CARD).write_text(json.dumps(card, indent=1))
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str = "cpu") -> Self:
+        """See `Detector.load`."""
+        try:
+            card: dict[str, Any] = json.loads((folder / CARD).read_text())
+            options = replace(Options(**card["options"]), device=device)
+            calibration, threshold = Calibration(**card["calibration"]), float(card["threshold"])
+            state = safetensors.torch.load_file(folder / TENSORS, device=device)
+            memory = cls.memory_type.restore(state)
+        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            raise StoreError(f"The model in {folder} is missing or damaged ({error}). Fit it again.") from error
+        detector = cls(options)
+        detector._memory, detector._calibration, detector.threshold = memory, calibration, threshold
+        return detector
+
+    def _detection(self, picture: Picture, distances: Tensor, calibration: Calibration) -> Detection:
+        """Turn one image's patch distances (1, h, w) into a calibrated score and map."""
+        height, width = picture.pixels.shape[:2]
+        raw_map = raw_maps(distances, (height, width))[0]
+        return Detection(
+            score=calibration.score(float(raw_scores(distances)[0])),
+            threshold=self.threshold,
+            anomaly_map=calibration(raw_map.cpu().numpy()),
+            size=picture.size,
+        )
+
+
+def _backbone(options: Options) -> Backbone:
+    weights = Path(options.weights) if options.weights else None
+    return backbones.create(options.backbone, weights=weights, sha256=options.weights_sha256, device=options.device)
+
+
+def _flags(pictures: Sequence[Picture], confirmed: Sequence[bool]) -> list[bool]:
+    if len(pictures) < 2:
+        raise ConfigError(f"A detector needs at least two pictures, not {len(pictures)}. Add some that look normal.")
+    if confirmed and len(confirmed) != len(pictures):
+        raise ConfigError(
+            f"There are {len(confirmed)} confirmed flags for {len(pictures)} pictures. Give one for each."
+        )
+    return list(confirmed) or [False] * len(pictures)
+
+
+def _part(progress: Progress, start: float, stop: float) -> Progress:
+    """Return a progress callback for a stage that is the share from `start` to `stop` of the whole."""
+    return lambda fraction, stage: progress(start + (stop - start) * fraction, stage)
