@@ -208,9 +208,12 @@ def _filled(data: Mapping[str, Any], template: str) -> str | None:
 
     def fill(match: re.Match[str]) -> str:
         nonlocal missing
-        value = _looked_up(data, match.group(1))
+        key, rest = match.group(1), ""
+        while (value := _looked_up(data, key)) is None and "." in key:  # `$id.png` is the key `id`
+            key, _dot, end = key.rpartition(".")
+            rest = f".{end}{rest}"
         missing = missing or value is None
-        return str(value)
+        return f"{value}{rest}"
 
     filled = _IN_TEMPLATE.sub(fill, template)
     return None if missing else filled

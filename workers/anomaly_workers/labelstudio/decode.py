@@ -85,7 +85,8 @@ def verdict(result: Sequence[Mapping[str, Any]], controls: Controls) -> bool | N
 
 
 def _is_defect_region(region: Mapping[str, Any], controls: Controls) -> bool:
-    if not isinstance(region, Mapping) or region.get("type") not in REGION_TYPES:
+    kind = region.get("type") if isinstance(region, Mapping) else None
+    if not isinstance(kind, str) or kind not in REGION_TYPES:
         return False
     return region.get("to_name") == controls.image and words.meaning(_label(region)) is not False
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from anomaly_workers.errors import ConfigError
 
 BAND_PIXELS = 4_000_000  # rows are worked on in bands of about this many pixels
+FAR = 10.0  # image sides away from the image that a drawn point can be
 MAX_PIXELS = 400_000_000  # larger masks are refused: more than any image that is scored
 _CHANNELS = 4  # Label Studio's run-length code is over RGBA values
 _RLE_SIZES = (3, 4, 8, 16)  # bits of the four length classes, as Label Studio's own encoder writes them
@@ -149,8 +150,14 @@ def box(mask: NDArray[np.bool_]) -> tuple[float, float, float, float]:
 
 
 def filled(points: list[tuple[float, float]], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the polygon through (x, y) points in [0, 1] as a mask of `size`; thin ones stay visible."""
+    """Return the polygon through (x, y) points in [0, 1] as a mask of `size`; thin ones stay visible.
+
+    Raises:
+        ConfigError: a point is not a number, or far outside the image.
+    """
     height, width = size
+    if not all(abs(x) < FAR and abs(y) < FAR for x, y in points):  # false for NaN
+        raise ConfigError("A region's points are not inside its image.")
     scale = max(1, min(4, 4096 // max(size)))
     canvas = Image.new("L", (width * scale, height * scale))
     corners = [(x * width * scale - 0.5, y * height * scale - 0.5) for x, y in points]
