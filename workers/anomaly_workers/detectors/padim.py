@@ -85,7 +85,8 @@ def _whitening(centred: Tensor) -> Tensor:
     trace = covariance.diagonal(dim1=1, dim2=2).mean()
     eye = torch.eye(k, device=centred.device)
     factor = torch.linalg.cholesky(covariance + (REGULARISATION * trace + 1e-6) * eye)
-    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    inverse: Tensor = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+    return inverse
 
 
 def _regridded(grids: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -123,6 +123,18 @@ class PatchwiseDetector(Detector):
         )
 
 
+def saved_name(folder: Path) -> str:
+    """Return the name of the method that saved a folder.
+
+    Raises:
+        StoreError: its card is missing or damaged.
+    """
+    try:
+        return str(json.loads((folder / CARD).read_text())["options"]["detector"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{folder} holds no model ({error}). Name a version's folder.") from error
+
+
 def _backbone(options: Options) -> Backbone:
     weights = Path(options.weights) if options.weights else None
     return backbones.create(options.backbone, weights=weights, sha256=options.weights_sha256, device=options.device)
