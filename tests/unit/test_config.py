@@ -6,11 +6,12 @@ import pytest
 
 from anomaly_workers.errors import ConfigError
 from anomaly_workers.labelstudio import config, template, words
+from anomaly_workers.types import Controls
 
 IMAGE = '<Image name="image" value="$image"/>'
 
 
-def parse(*tags: str) -> config.Controls:
+def parse(*tags: str) -> Controls:
     return config.parse(f"<View>{IMAGE}{''.join(tags)}</View>")
 
 

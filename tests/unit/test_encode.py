@@ -109,12 +109,13 @@ def test_an_empty_region_is_left_out() -> None:
 )
 def test_the_run_length_code_equals_label_studios_own(mask: NDArray[np.bool_]) -> None:
     brush = label_studios_own()
-    code = masks.to_rle(mask, mask.shape)
+    size = (mask.shape[0], mask.shape[1])
+    code = masks.to_rle(mask, size)
     alpha = np.where(mask, 255, 0).astype(np.uint8)
     assert code == brush.mask2rle(alpha)
     decoded = brush.decode_rle(code).reshape(*mask.shape, 4)[:, :, 3]
     assert (decoded == alpha).all()
-    assert (masks.from_rle(code, mask.shape) == alpha).all()
+    assert (masks.from_rle(code, size) == alpha).all()
 
 
 def test_single_values_of_the_browsers_code_are_read() -> None:

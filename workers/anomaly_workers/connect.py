@@ -185,7 +185,7 @@ def _explained(client: Client, project: int, url: str, error: LabelStudioError) 
             client.delete_backend(row.id)
         half = "ML_BLOCK_LOCAL_IP=false alone is not enough. " if saved else ""
         return ConfigError(f"Label Studio refuses the backend at {url}: a private address. {half}{OPEN_UP}")
-    if "authentication" in said:
+    if "authentication" in said or "401 Client Error" in said:
         return ConfigError(
             f"The front end at {url} refuses the password. Give it and `connect` the same ANOMALY_USER and "
             "ANOMALY_PASSWORD (or ANOMALY_DATA_DIR)."

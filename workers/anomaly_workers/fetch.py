@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from urllib.parse import parse_qs, unquote, unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import unquote, unquote_to_bytes
 
 import httpx
 
@@ -35,6 +35,7 @@ class Fetcher:
 
     def __init__(self, connection: Connection | None, settings: Settings) -> None:
         self._base = connection.url if connection else ""
+        self._own = httpx.URL(connection.url) if connection else None
         self._auth = TokenAuth(connection.url, connection.token) if connection else None
         self._limit = settings.max_image_bytes
         self._seconds = settings.fetch_timeout
@@ -92,7 +93,7 @@ class Fetcher:
         path = value if value.startswith("/") else f"/{value}"
         if path.startswith("/upload/"):
             path = f"/data{path}"
-        prefix = urlsplit(self._base).path  # Label Studio under a path of its host
+        prefix = _parsed(self._base).path.rstrip("/")  # Label Studio under a path of its host
         return self._base.removesuffix(prefix) + path if prefix and path.startswith(f"{prefix}/") else self._base + path
 
     def _decoded(self, value: str) -> bytes:
@@ -108,12 +109,12 @@ class Fetcher:
 
     def _local(self, value: str) -> bytes | None:
         """The file behind a local-files address when this machine sees it too, else None."""
-        parts = urlsplit(value)
-        if self._root is None or not parts.path.endswith(LOCAL_FILES):
+        if self._root is None or LOCAL_FILES not in f"/{value}":
             return None
-        if parts.netloc and parts.netloc != urlsplit(self._base).netloc:
+        url = _parsed(value)
+        if not f"/{url.path}".endswith(LOCAL_FILES) or (url.host and not self._is_label_studio(url)):
             return None
-        name = (parse_qs(parts.query).get("d") or [""])[0].lstrip("/")
+        name = str(url.params.get("d", "")).lstrip("/")
         path = (self._root / name).resolve()
         if not path.is_relative_to(self._root):
             raise ImageError(f"{_short(name)} is outside ANOMALY_LOCAL_FILES_ROOT. Correct the task's data.")
@@ -137,38 +138,36 @@ class Fetcher:
 
     def _follow(self, address: str, deadline: float) -> bytes:
         """Download, following redirects by hand: each hop is checked, and only Label Studio's own get the token."""
+        url = _parsed(address)
         inside = True  # so far every hop was Label Studio
         for _hop in range(MAX_REDIRECTS + 1):
-            inside = inside and self._is_label_studio(address)
-            with self._opened(address, inside) as response:
+            inside = inside and self._is_label_studio(url)
+            with self._opened(url, inside) as response:
                 if not response.has_redirect_location:
                     return self._body(response, inside, deadline)
-                address = urljoin(address, response.headers["location"])
-            if urlsplit(address).scheme not in ("http", "https"):
-                raise ImageError(f"{_short(address)} is not a web address to be redirected to.")
-            if inside and "/user/login" in urlsplit(address).path:
+                url = _parsed(str(url.join(_parsed(response.headers["location"]))))
+            if inside and "/user/login" in url.path:
                 raise ImageError("Label Studio asks for a login. Check the token with `ls-anomaly doctor`.")
-        raise ImageError(f"{_short(address)} is redirected more than {MAX_REDIRECTS} times.")
+        raise ImageError(f"{url.host} redirects more than {MAX_REDIRECTS} times. Correct the task's data.")
 
     @contextlib.contextmanager
-    def _opened(self, address: str, inside: bool) -> Iterator[httpx.Response]:
+    def _opened(self, url: httpx.URL, inside: bool) -> Iterator[httpx.Response]:
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ImageError(f"{_short(str(url))} is not a web address. Correct the task's data.")
+        known = inside or self._allowed.has(url.host, _port(url))
+        client = self._known if known else self._foreign
+        auth = self._auth if inside and self._is_file(url.path) else None
         try:
-            parts = urlsplit(address)
-            known = inside or self._allowed.has(parts.hostname or "", _port(address))
-            client = self._known if known else self._foreign
-            auth = self._auth if inside and self._is_file(parts.path) else None
-            with client.stream("GET", address, auth=auth, follow_redirects=False) as response:
+            with client.stream("GET", url, auth=auth, follow_redirects=False) as response:
                 yield response
         except Blocked as error:
             raise ImageError(
-                f"{_host(address)} is on a private network ({error}). Add the host to ANOMALY_ALLOW_HOSTS to allow it."
+                f"{url.host} is on a private network ({error}). Add the host to ANOMALY_ALLOW_HOSTS to allow it."
             ) from error
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol, ValueError) as error:
-            raise ImageError(f"{_short(address)} is not an address. Correct the task's data.") from error
         except httpx.TimeoutException as error:
-            raise _Transient(f"{_host(address)} did not answer within {self._seconds:g} s.") from error
-        except httpx.TransportError as error:
-            raise _Transient(f"{_host(address)} cannot be reached ({_short(str(error))}).") from error
+            raise _Transient(f"{url.host} did not answer within {self._seconds:g} s.") from error
+        except (httpx.TransportError, httpx.DecodingError) as error:
+            raise _Transient(f"{url.host} cannot be reached ({_short(str(error))}).") from error
         except LabelStudioError as error:
             raise ImageError(str(error)) from error
 
@@ -179,23 +178,21 @@ class Fetcher:
         if length.isdigit() and int(length) > self._limit:
             raise ImageError(_too_large(self._limit))
         body = bytearray()
-        for chunk in response.iter_bytes(65536):
+        for chunk in response.iter_bytes():
             body += chunk
             if len(body) > self._limit:
                 raise ImageError(_too_large(self._limit))
             if time.monotonic() > deadline:
-                raise ImageError(f"{_host(str(response.url))} took longer than ANOMALY_FETCH_TIMEOUT.")
+                raise ImageError(f"{response.url.host} took longer than ANOMALY_FETCH_TIMEOUT.")
         return bytes(body)
 
-    def _is_label_studio(self, address: str) -> bool:
-        if not self._base:
-            return False
-        own, other = urlsplit(self._base), urlsplit(address)
-        return (own.scheme, own.hostname, _port(self._base)) == (other.scheme, other.hostname, _port(address))
+    def _is_label_studio(self, url: httpx.URL) -> bool:
+        own = self._own
+        return own is not None and (own.scheme, own.host, _port(own)) == (url.scheme, url.host, _port(url))
 
     def _is_file(self, path: str) -> bool:
         """Whether a path of Label Studio is one of a file, so that no address can make the token call its API."""
-        inner = path.removeprefix(urlsplit(self._base).path)
+        inner = path.removeprefix(self._own.path.rstrip("/")) if self._own else path
         return inner.startswith(FILE_PATHS) and ".." not in unquote(inner).split("/")
 
 
@@ -234,9 +231,11 @@ class _Allowed:
 
 
 def _refusal(response: httpx.Response, inside: bool) -> Exception:
-    status, host = response.status_code, _host(str(response.url))
+    status, host = response.status_code, response.url.host
+    if inside and status == 500:  # what it says to the address of a deleted upload
+        return _Transient("Label Studio answered 500: the upload is gone, or Label Studio's log says what failed.")
     if status in (429, 500, 502, 503, 504):
-        return _Transient(f"{host} answered {status}.")
+        return _Transient(f"{host} answered {status}. Try again later.")
     if inside and status in (401, 403):
         return ImageError(f"Label Studio answered {status}. Check the token with `ls-anomaly doctor`.")
     if inside and status == 404:
@@ -250,16 +249,16 @@ def _too_large(limit: int) -> str:
     return f"The image has more than {limit} bytes. Raise ANOMALY_MAX_IMAGE_BYTES, or shrink it."
 
 
-def _port(address: str) -> int:
+def _parsed(address: str) -> httpx.URL:
+    """Parse an address with the one parser that also connects, so that what is checked is what is asked."""
     try:
-        parts = urlsplit(address)
-        return parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError:
-        return 0
+        return httpx.URL(address)
+    except httpx.InvalidURL as error:
+        raise ImageError(f"{_short(address)} is not an address. Correct the task's data.") from error
 
 
-def _host(address: str) -> str:
-    return urlsplit(address).netloc.rpartition("@")[2] or "The host"
+def _port(url: httpx.URL) -> int:
+    return url.port or (443 if url.scheme == "https" else 80)
 
 
 def _short(text: str) -> str:

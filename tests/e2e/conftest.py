@@ -1,0 +1,64 @@
+"""A real Label Studio for the end-to-end tests, one a session."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from anomaly_workers import instance
+from anomaly_workers.client import Client
+from anomaly_workers.types import Connection
+
+ROOT = Path(__file__).resolve().parents[2]
+EMAIL, PASSWORD = "inspector@example.com", "correct-horse-9"
+
+
+def free_port() -> int:
+    """A port nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def label_studio_command() -> Path:
+    """The `label-studio` to test against; skips on a laptop without one, fails in CI."""
+    command = Path(os.environ.get("LABEL_STUDIO_BIN") or ROOT / ".venv-label-studio/bin/label-studio")
+    if command.is_file():
+        return command
+    reason = "there is no Label Studio: run `make test`, or set LABEL_STUDIO_BIN to its command"
+    if os.environ.get("CI"):
+        pytest.fail(f"{reason}, and CI must not skip it")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def label_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[instance.Instance]:
+    """A running Label Studio with a user and a personal access token."""
+    command, folder = label_studio_command(), tmp_path_factory.mktemp("label-studio")
+    with instance.start(command, folder=folder, port=free_port(), email=EMAIL, password=PASSWORD) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(label_studio: instance.Instance) -> Iterator[Client]:
+    """A client of that Label Studio."""
+    with Client(Connection(label_studio.url, 0, label_studio.token)) as one:
+        yield one
+
+
+@pytest.fixture
+def new_project(client: Client) -> Iterator[Callable[[str], int]]:
+    """Make projects that end with the test."""
+    made: list[int] = []
+
+    def make(label_config: str) -> int:
+        made.append(client.create_project(f"project {len(made)}", label_config).id)
+        return made[-1]
+
+    yield make
+    for project in made:
+        client.delete_project(project)
