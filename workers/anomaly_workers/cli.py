@@ -19,9 +19,8 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from anomaly_workers import connect as connecting
 from anomaly_workers import doctor as checks
-from anomaly_workers import queues, server, stack, sweep
+from anomaly_workers import enrol, queues, server, stack, sweep
 from anomaly_workers.client import Client
 from anomaly_workers.errors import AnomalyError, ConfigError
 from anomaly_workers.labelstudio import config
@@ -122,19 +121,32 @@ def connect(
         raise ConfigError("Say where Label Studio is: --url and --token (or ANOMALY_LABEL_STUDIO_URL and _TOKEN).")
     if (project is None) == (not create):
         raise ConfigError("Give either --project ID or --create TITLE.")
-    report = connecting.connect_project(
-        settings, Connection(url=url, project=project or 0, token=token), create=create, heatmap=heatmap
+    report = enrol.enrol(settings, url, token, project=project, create=create, heatmap=heatmap)
+    for change in report.changes or ("nothing to change",):
+        console.print(f"  {change}", highlight=False)
+    console.print(
+        f"[bold green]connected[/] project {report.project} '{report.title}': {report.address}", soft_wrap=True
     )
-    for line in report.lines:
-        console.print(line, highlight=False)
-    console.print(f"[bold green]connected[/] {url}/projects/{report.project}/data")
 
 
 @app.command()
 def doctor(project: MaybeProject = None) -> None:
     """Check everything and print the exact setting to change."""
     settings = _settings()
-    found = checks.examine(settings, project=project)
+    store = Store(settings.data_dir)
+    known = [one for one in store.projects() if project in (None, one.id)]
+    with _maybe_client(settings, known) as client:
+        found = checks.examine(
+            settings,
+            client=client,
+            project=project if project is not None else known[0].id if known else None,
+            password=enrol.front_password(settings),
+            probes=[
+                ("Redis", lambda: server.ensure(settings)),
+                ("device", lambda: _device(settings)),
+                ("weights", lambda: _weights(settings)),
+            ],
+        )
     table = Table(box=None, show_header=False, padding=(0, 1))
     marks = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[yellow]–[/]"}
     for check in found:
@@ -322,6 +334,33 @@ def _open(settings: Settings, project: int) -> tuple[ProjectStore, Client, Queue
     client = Client(store.connection())
     config.parse(client.project(project).label_config)
     return store, client, Queues(queues.connect(server.ensure(settings)), settings)
+
+
+@contextmanager
+def _maybe_client(settings: Settings, known: list[ProjectStore]) -> Iterator[Client | None]:
+    """Yield a client of the first known project's Label Studio, or of the one in the settings, or None."""
+    url, token = settings.label_studio_url.rstrip("/"), settings.label_studio_token.get_secret_value()
+    connection = known[0].connection() if known else Connection(url=url, token=token, project=0) if url else None
+    if connection is None:
+        yield None
+        return
+    with Client(connection) as client:
+        yield client
+
+
+def _device(settings: Settings) -> str:
+    stack.require("torch", extra="workers")
+    from anomaly_workers.runtime import choose_device
+
+    return choose_device(settings.device)
+
+
+def _weights(settings: Settings) -> str:
+    stack.require("torch", extra="workers")
+    from anomaly_workers import detectors
+
+    detectors.create(detectors.options(settings, device="cpu"))
+    return f"{settings.backbone} loads"
 
 
 def _sweep_once(client: Client, store: ProjectStore, queue: Queues, settings: Settings) -> int:

@@ -11,20 +11,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from anomaly_workers import instance, metrics, sample
+from anomaly_workers import instance, metrics, queues, sample, server
 from anomaly_workers.client import Client
-from anomaly_workers.connect import connect_project
+from anomaly_workers.enrol import enrol
 from anomaly_workers.errors import ConfigError, JobError
 from anomaly_workers.labelstudio import config
+from anomaly_workers.queues import Queues
 from anomaly_workers.settings import Settings, load_settings
 from anomaly_workers.stack import Stack
 from anomaly_workers.store import ProjectStore, Store
-from anomaly_workers.types import Connection, Controls
+from anomaly_workers.types import Controls
 
 EMAIL = "inspector@example.com"
 PASSWORD = "inspect-me-2026"
@@ -90,11 +92,11 @@ def run(
         place = instance.start(
             label_studio.resolve(), folder=folder.resolve() / "label-studio", port=port, email=EMAIL, password=PASSWORD
         )
-    with place as server:
+    with place:
         try:
             with watch.stage("start front end, Redis, workers"), console.status("starting front end and workers"):
                 running.start()
-            return _show(server, settings, pictures, watch, check=check, stop=stop, console=console)
+            return _show(place, settings, pictures, watch, check=check, stop=stop, console=console)
         finally:
             with console.status("stopping everything"):
                 running.stop()
@@ -155,7 +157,7 @@ def free_port(wanted: int) -> int:
 
 
 def _show(
-    server: instance.Instance,
+    place: instance.Instance,
     settings: Settings,
     pictures: Sequence[Picture],
     watch: Watch,
@@ -165,12 +167,13 @@ def _show(
     console: Console,
 ) -> list[str]:
     with watch.stage("connect"), console.status("creating and connecting a project"):
-        report = connect_project(settings, Connection(url=server.url, project=0, token=server.token), create="Demo")
+        report = enrol(settings, place.url, place.token, create="Demo")
     store = Store(settings.data_dir).project(report.project)
     client = Client(store.connection())
     with watch.stage("import images"), console.status(f"importing {len(pictures)} images"):
         tasks = import_pictures(client, config.parse(store.label_config), report.project, pictures)
-    wait_until_scored(client, store, watch, stop, console)
+    queue = Queues(queues.connect(server.ensure(settings)), settings)
+    wait_until_scored(client, store, queue, watch, stop, console)
     summarise(store, tasks, watch, console)
     wrong = check_predictions(client, store)
     for line in wrong:
@@ -178,7 +181,7 @@ def _show(
     if not wrong:
         console.print("[green]✓[/] every open task carries exactly one prediction of the deployed version")
     if not check and not stop.is_set():
-        _invite(server, report.project, console)
+        _invite(place, report.project, console)
         stop.wait()
     return wrong
 
@@ -208,44 +211,52 @@ def import_pictures(
 
 
 def wait_until_scored(
-    client: Client, store: ProjectStore, watch: Watch, stop: threading.Event, console: Console
+    client: Client, store: ProjectStore, queue: Queues, watch: Watch, stop: threading.Event, console: Console
 ) -> None:
-    """Show progress until every open task has a prediction or a reason why not.
+    """Show progress until every open task has a prediction, or a reason why not.
 
     Raises:
-        JobError: nothing moved for PATIENCE_SECONDS.
+        JobError: a job failed for good, nothing moved for PATIENCE_SECONDS, or `stop` was set.
     """
-    total = len(list(client.open_tasks(store.id)))
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    started, moved, before = time.monotonic(), time.monotonic(), -1
-    fitted = 0.0
-    with Progress(*columns, console=console) as bar:
-        job = bar.add_task("learning what normal looks like", total=total)
+    total = sum(1 for _ in client.open_tasks(store.id))
+    bars = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    started = moved = time.monotonic()
+    fitted, before = 0.0, -1
+    with Progress(*bars, console=console) as bar:
+        shown = bar.add_task("learning what normal looks like", total=total)
         while not stop.wait(0.5):
-            if store.current and not fitted:
-                fitted = time.monotonic()
-                bar.update(job, description="scoring")
-            missing = (
-                {task.id for task in client.open_tasks(store.id, without_version=store.target)}
-                if store.target
-                else set(range(total))
-            )
-            missing -= {failure.task for failure in store.failures()}
-            bar.update(job, completed=total - len(missing))
+            fitted = fitted or (time.monotonic() if store.current else 0.0)
+            missing = _missing(client, store, total)
+            bar.update(shown, completed=total - missing, description="scoring" if fitted else _running(queue, store.id))
             if fitted and not missing and not store.rollout:
-                break
-            if len(missing) != before:
-                moved, before = time.monotonic(), len(missing)
+                watch.seconds["fit"] = fitted - started
+                watch.seconds["score and push"] = time.monotonic() - fitted
+                return
+            if missing != before:
+                moved, before = time.monotonic(), missing
             if time.monotonic() - moved > PATIENCE_SECONDS:
                 raise JobError("Nothing moved for 15 minutes. Look at: ls-anomaly jobs")
-    watch.seconds["fit"] = fitted - started
-    watch.seconds["score and push"] = time.monotonic() - fitted
+    raise JobError("Stopped before every image was scored.")
+
+
+def _missing(client: Client, store: ProjectStore, total: int) -> int:
+    if not store.target:
+        return total
+    failing = store.failing()
+    return sum(task.id not in failing for task in client.open_tasks(store.id, without_version=store.target))
+
+
+def _running(queue: Queues, project: int) -> str:
+    """Say what the fit is doing.
+
+    Raises:
+        JobError: it failed for good.
+    """
+    jobs = {job.state: job for job in queue.jobs(project)}
+    if "failed" in jobs and not {"running", "retrying", "queued"} & set(jobs):
+        raise JobError(f"{jobs['failed'].id} failed: {jobs['failed'].message}")
+    running = jobs.get("running")
+    return f"{running.message} {running.percent} %" if running else "learning what normal looks like"
 
 
 def summarise(store: ProjectStore, tasks: dict[int, Picture], watch: Watch, console: Console) -> None:
@@ -263,17 +274,17 @@ def summarise(store: ProjectStore, tasks: dict[int, Picture], watch: Watch, cons
     labelled = [task for task in scores if tasks[task].defect is not None]
     defects = [bool(tasks[task].defect) for task in labelled]
     if any(defects) and not all(defects):
-        auroc = metrics.image_auroc([scores[task] for task in labelled], defects)
+        auroc = metrics.auroc(np.array(defects), np.array([scores[task] for task in labelled]))
         table.add_row("image AUROC", f"{auroc:.3f}  ({sum(defects)} defects among {len(defects)})")
     for failure in store.failures():
         table.add_row("not scored", f"task {failure.task}: {failure.reason}")
     console.print(table)
 
 
-def _invite(server: instance.Instance, project: int, console: Console) -> None:
+def _invite(place: instance.Instance, project: int, console: Console) -> None:
     console.print(
         Panel(
-            f"[bold]{server.url}/projects/{project}/data[/]\n"
+            f"[bold]{place.url}/projects/{project}/data[/]\n"
             f"e-mail    {EMAIL}\npassword  {PASSWORD}\n\n"
             "Open a task: verdict, mask and heatmap are there, correct them and submit.\nCtrl-C stops everything.",
             title="Label Studio is ready",

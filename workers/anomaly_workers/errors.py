@@ -40,15 +40,7 @@ class Unauthorized(LabelStudioError):
 
 
 class ImageError(AnomalyError):
-    """One image cannot be fetched or decoded.
-
-    Attributes:
-        permanent: trying again cannot help, because the picture itself is broken; False for a passing fault.
-    """
-
-    def __init__(self, message: str, *, permanent: bool = True) -> None:
-        super().__init__(message)
-        self.permanent = permanent
+    """One image cannot be fetched or decoded."""
 
 
 class NotFitted(AnomalyError):

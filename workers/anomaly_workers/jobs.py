@@ -183,11 +183,14 @@ def _stored(session: Session, version: str, task: Task) -> JSON | None:
 
 def _picture(runtime: Runtime, session: Session, task: Task, side: int) -> Picture | None:
     value = config.image_of(task.data, session.controls.value) or ""
+    fetched = False
     try:
         content = session.fetcher.fetch(value, task_id=task.id)
+        fetched = True
         return images.load(content, side=side, max_megapixels=runtime.settings.max_megapixels)
     except ImageError as error:
-        session.store.keep_failure(task.id, str(error), value, permanent=error.permanent)
+        # What arrived and cannot be decoded stays broken; what did not arrive may arrive later.
+        session.store.keep_failure(task.id, str(error), value, permanent=fetched)
         logger.warning("project %d, task %d: %s", session.store.id, task.id, error)
         return None
 

@@ -94,9 +94,9 @@ def backend_url(settings: Settings) -> str:
 
 def to_environ(settings: Settings) -> dict[str, str]:
     """Return the variables that give a child process the same settings."""
-    values = settings.model_dump()
-    plain = {name: value.get_secret_value() if isinstance(value, SecretStr) else value for name, value in values.items()}
-    return {PREFIX + name.upper(): str(value) for name, value in plain.items() if str(value) != ""}
+    given = settings.model_dump(exclude_defaults=True)
+    plain = {name: value.get_secret_value() if isinstance(value, SecretStr) else value for name, value in given.items()}
+    return {PREFIX + name.upper(): str(value) for name, value in plain.items()}
 
 
 def _field_of(variable: str) -> str:

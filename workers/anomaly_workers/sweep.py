@@ -112,9 +112,9 @@ def tidy(client: Client, store: ProjectStore, info: Project, connection: Redis) 
 
 def training_tasks(client: Client, controls: Controls, project: int, *, limit: int) -> TrainingTasks:
     """Choose what to fit on: confirmed normals if there are enough, otherwise with them every unlabelled image."""
-    verdicts = {item.task: verdict(item.annotations, controls) for item in client.annotated_tasks(project)}
-    normal = [task for task, anomaly in verdicts.items() if anomaly is False]
-    labelled = {task.id for task in verdicts}
+    annotated = list(client.annotated_tasks(project))
+    normal = [item.task for item in annotated if verdict(item.annotations, controls) is False]
+    labelled = {item.task.id for item in annotated}
     unlabelled = [task for task in client.open_tasks(project) if task.id not in labelled]
     chosen = normal if len(normal) >= ENOUGH_NORMALS else sorted([*normal, *unlabelled], key=lambda task: task.id)
     known = {task.id for task in normal}
