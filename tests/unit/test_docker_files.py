@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -99,6 +100,14 @@ def test_label_studio_and_the_front_end_share_one_network_only(compose: dict[str
     """On two, the front end's name would have two addresses and Label Studio would refuse it for the other one."""
     services = compose["services"]
     assert set(services["label-studio"]["networks"]) & set(services["web"]["networks"]) == {"door"}
+
+
+def test_label_studio_knows_the_front_end_by_a_name_that_its_webhooks_take(compose: dict[str, Any]) -> None:
+    """A webhook's address is checked like a public one: a host without a dot is refused."""
+    web = compose["services"]["web"]
+    host = urlsplit(web["environment"]["ANOMALY_BACKEND_URL"]).hostname
+    assert host in web["networks"]["door"]["aliases"]
+    assert "." in str(host)
 
 
 def test_redis_has_a_password_a_log_and_no_way_in(compose: dict[str, Any]) -> None:
