@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
@@ -196,6 +198,17 @@ def test_skips_are_no_annotations(client: Client, project: int) -> None:
     client.annotate(tasks[0], [], was_cancelled=True)
     client.annotate(tasks[1], [])
     assert [item.task.id for item in client.annotated_tasks(project) if item.annotations] == [tasks[1]]
+
+
+def test_annotations_that_changed_since_a_moment_are_found(client: Client, project: int) -> None:
+    tasks = filled(client, project, 3)
+    annotations = [client.annotate(task, []) for task in tasks]
+    newest = max(one["updated_at"] for item in client.annotated_tasks(project) for one in item.annotations)
+    time.sleep(1.5)
+    since = (datetime.fromisoformat(newest) + timedelta(seconds=1.4)).isoformat().replace("+00:00", "Z")
+    assert list(client.annotated_tasks(project, since=since)) == []
+    client.update_annotation(annotations[1], result=[])
+    assert [item.task.id for item in client.annotated_tasks(project, since=since)] == [tasks[1]]
 
 
 def test_webhooks_are_listed_changed_and_deleted(client: Client, project: int) -> None:

@@ -155,6 +155,16 @@ def test_an_enlarged_mask_keeps_its_place_and_area() -> None:
     assert large.mean() == pytest.approx(blob().mean(), rel=0.15)
 
 
+@pytest.mark.parametrize(
+    "size", [(6, 8), (7, 9), (8, 11), (11, 15), (12, 16), (13, 50), (3, 5), (1, 1), (2, 40), (60, 4)]
+)
+def test_no_single_pixel_vanishes_at_any_size(size: tuple[int, int]) -> None:
+    for row, column in np.ndindex(6, 8):
+        mask = np.zeros((6, 8), dtype=bool)
+        mask[row, column] = True
+        assert masks.enlarged(mask, size).any()
+
+
 def test_bands_join_without_a_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = noise((20, 30), 0.3)
     whole = masks.enlarged(mask, (200, 300))

@@ -24,8 +24,14 @@ _LONGEST = 2**16
 
 
 def bands(mask: NDArray[np.bool_], size: tuple[int, int]) -> Iterator[NDArray[np.bool_]]:
-    """Yield a mask scaled to `size` (height, width), smoothly, as bands of full rows from the top."""
+    """Yield a mask scaled to `size` (height, width), smoothly, as bands of full rows from the top.
+
+    No mark vanishes: a smaller size is covered cell by cell, and smoothing starts at twice the map's own size.
+    """
     height, width = size
+    if mask.shape[0] > height or mask.shape[1] > width:
+        smaller = (min(height, mask.shape[0]), min(width, mask.shape[1]))
+        mask = reduced(np.where(mask, np.uint8(255), np.uint8(0)), smaller)
     rows = max(1, BAND_PIXELS // max(width, 1))
     top, bottom = _span(np.any(mask, axis=1), height)
     wide = _stretched(mask.astype(np.float32).T, width).T  # (h, width): the map's rows at full width
@@ -280,7 +286,8 @@ def _taps(small: int, large: int) -> tuple[NDArray[np.intp], NDArray[np.intp], N
     centre = (np.arange(large) + 0.5) * small / large - 0.5
     low = np.clip(np.floor(centre).astype(np.intp), 0, small - 1)
     high = np.minimum(low + 1, small - 1)
-    return low, high, np.clip(centre - low, 0, 1).astype(np.float32)
+    weight = np.clip(centre - low, 0, 1)
+    return low, high, (weight if large >= 2 * small else np.rint(weight)).astype(np.float32)
 
 
 def _stretched(rows: NDArray[np.float32], full: int) -> NDArray[np.float32]:
