@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from observe import MARK, marked
+from observe import MARK, SAMPLE_WORKER, marked
 from redis import Redis
 from sample_jobs import Events
 
@@ -16,8 +15,6 @@ from anomaly_workers import server
 from anomaly_workers.queues import Queues, connect
 from anomaly_workers.settings import Settings, load_settings
 from anomaly_workers.supervisor import Supervisor
-
-SAMPLE_WORKER = (sys.executable, str(Path(__file__).with_name("sample_worker.py")))
 
 
 @pytest.fixture(autouse=True)

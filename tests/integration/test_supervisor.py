@@ -15,7 +15,7 @@ from observe import gone, info, marked, reaches, ready, until
 from redis import Redis
 from sample_jobs import Events, task
 
-from anomaly_workers import salvage, supervisor
+from anomaly_workers import machine, salvage, supervisor
 from anomaly_workers.queues import QUEUES, Queues
 from anomaly_workers.salvage import Salvage
 from anomaly_workers.scripts import Scripts
@@ -65,7 +65,7 @@ def test_a_job_that_kills_its_workers_ends(queues: Queues, events: Events, super
     supervise(workers=2)
     [poison] = queues.enqueue_score(1, "v1", [task(1, "die")])
     [good] = queues.enqueue_score(1, "v1", [task(2)])
-    until(reaches(queues, poison, "failed"), 30)
+    until(reaches(queues, poison, "failed"))
     assert info(queues, poison).message == "Killed its worker 3 times; the last one ended with signal 9."
     assert events.tasks("begin").count(1) == 3
     until(reaches(queues, good, "finished"))
@@ -125,10 +125,10 @@ def test_a_killed_supervisor_leaves_no_worker_and_its_successor_goes_on(
     worker = int(events.of("begin")[0][2])
     first.kill()
     first.wait()
-    until(gone(worker), 10)
+    until(gone(worker))
     supervise()
     for job_id in ids:
-        until(reaches(queues, job_id, "finished"), 20)
+        until(reaches(queues, job_id, "finished"))
     assert sorted(events.tasks("end")) == list(range(8))
 
 
@@ -140,7 +140,7 @@ def test_everything_killed_at_once_loses_nothing(queues: Queues, events: Events,
         for pid in [*watched.pids, int(queues.connection.info("server")["process_id"])]:
             os.kill(pid, signal.SIGKILL)
     for job_id in ids:
-        until(reaches(queues, job_id, "finished"), 40)
+        until(reaches(queues, job_id, "finished"))
     assert set(events.tasks("end")) == set(range(40))
 
 
@@ -148,7 +148,7 @@ def test_terminating_the_process_stops_everything(queues: Queues, settings: Sett
     process = run_supervisor(settings, workers=2)
     until(ready(queues, 2))
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 0
+    assert process.wait(30) == 0
     assert marked(tmp_path) == []
 
 
@@ -166,6 +166,24 @@ def test_a_living_worker_of_another_host_is_left_alone(queues: Queues, connectio
     rescue.bury_the_dead(known=())
     assert queues.depth()["score"] == 1
     assert info(queues, job_id).state == "queued"
+
+
+def test_a_worker_that_slept_with_its_machine_keeps_its_job(queues: Queues, connection: Redis) -> None:
+    [job_id] = queues.enqueue_score(1, "v1", [task(1)])
+    connection.lrem("rq:queue:score", 1, job_id)
+    connection.hset(f"rq:job:{job_id}", mapping={"status": "started", "worker_name": "near"})
+    connection.hset("rq:worker:near", mapping={"machine": machine.identity(), "pid": os.getpid()})
+    connection.sadd("rq:workers", "rq:worker:near")
+    connection.hset(f"rq:execution:{job_id}:execution", "worker_name", "near")
+    connection.zadd("rq:wip:score", {f"{job_id}:execution": time.time() - 100})
+    rescue = Salvage(connection)
+    rescue._just_restarted = lambda: False  # type: ignore[method-assign]
+    rescue.bury_the_dead(known=())
+    assert queues.depth()["score"] == 0
+
+    connection.hset("rq:worker:near", "pid", 2**22 + 1)  # no process has this id
+    rescue.bury_the_dead(known=())
+    assert queues.depth()["score"] == 1
 
 
 def test_the_silent_worker_of_another_host_gives_its_job_back(queues: Queues, connection: Redis) -> None:
@@ -195,3 +213,20 @@ def test_two_supervisors_share_one_redis(queues: Queues, events: Events, supervi
         until(reaches(queues, job_id, "finished"))
     assert sorted(events.tasks("begin")) == list(range(24)), "each task once"
     assert len({words[2] for words in events.of("begin")}) == 2
+
+
+def test_each_worker_gets_a_gpu_of_its_own_without_loading_cuda(settings: Settings) -> None:
+    two = {"CUDA_VISIBLE_DEVICES": "3,GPU-5f"}
+    seen = [place["CUDA_VISIBLE_DEVICES"] for place in supervisor._places(settings, 0, two)]
+    assert seen == ["3", "GPU-5f"]
+    shared = [place["CUDA_VISIBLE_DEVICES"] for place in supervisor._places(settings, 3, two)]
+    assert shared == ["3", "GPU-5f", "3"]
+    one = list(supervisor._places(settings, 0, {"CUDA_VISIBLE_DEVICES": "0"}))
+    assert one == [{"CUDA_VISIBLE_DEVICES": "0"}]
+
+
+def test_workers_without_a_gpu_share_the_processor(settings: Settings) -> None:
+    none = {"CUDA_VISIBLE_DEVICES": "-1"}
+    assert list(supervisor._places(settings, 0, none)) == [none]
+    share = [int(place["OMP_NUM_THREADS"]) for place in supervisor._places(settings, 2, none)]
+    assert share == [max(1, (os.cpu_count() or 1) // 2)] * 2

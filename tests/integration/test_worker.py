@@ -7,22 +7,57 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import pytest
-from observe import info, reaches, state, until
+from observe import SAMPLE_WORKER, info, reaches, state, until
 from redis import Redis
 from sample_jobs import Events, task
 
 from anomaly_workers import server
-from anomaly_workers.queues import Queues
-from anomaly_workers.settings import Settings
+from anomaly_workers.queues import Queues, connect
+from anomaly_workers.settings import Settings, load_settings
 from anomaly_workers.supervisor import Supervisor
 
 pytestmark = pytest.mark.integration
 
 Supervise = Callable[..., Supervisor]
+
+
+@dataclass
+class Bench:
+    """One worker that many tests use in turn; each takes task numbers of its own."""
+
+    settings: Settings
+    connection: Redis
+    queues: Queues
+    events: Events
+    numbers: Iterator[int]
+
+    def score(self, do: str) -> tuple[int, str]:
+        """Queue one task; return its number and its job's id."""
+        number = next(self.numbers)
+        [job_id] = self.queues.enqueue_score(1, "v1", [task(number, do)])
+        return number, job_id
+
+    def count(self, what: str, number: int) -> int:
+        return self.events.tasks(what).count(number)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    home = load_settings({}, data_dir=tmp_path_factory.mktemp("bench"), job_timeout=60, log_level="WARNING")
+    url = server.ensure(home)
+    settings = home.model_copy(update={"redis_url": url})
+    supervisor = Supervisor(settings, url, 1, worker_command=SAMPLE_WORKER, sweep_command=None)
+    supervisor.start()
+    with connect(url) as connection:
+        yield Bench(settings, connection, Queues(connection, settings), Events(home.data_dir), count())
+    supervisor.stop()
+    server.stop(home)
 
 
 def forge(connection: Redis, data: bytes, **fields: str | bytes) -> str:
@@ -57,119 +92,98 @@ def test_urgent_then_scoring_then_learning(queues: Queues, events: Events, super
     assert events.tasks("begin") == [100, *range(8)]
 
 
-def test_progress_is_shown(queues: Queues, supervise: Supervise) -> None:
-    [job_id] = queues.enqueue_score(1, "v1", [task(1, "work 1.5")])
-    supervise()
-    until(lambda: info(queues, job_id).percent >= 20)
-    now = info(queues, job_id)
-    assert (now.state, now.message) == ("running", "working")
-    assert [now.worker] == [worker.name for worker in queues.workers()]
-    assert queues.workers()[0].job == job_id
-    until(reaches(queues, job_id, "finished"))
+def test_progress_is_shown(bench: Bench) -> None:
+    _number, job_id = bench.score("work 1.5")
+    until(lambda: info(bench.queues, job_id).percent >= 20)
+    now = info(bench.queues, job_id)
+    [worker] = bench.queues.workers()
+    assert (now.state, now.message, now.worker) == ("running", "working", worker.name)
+    assert worker.job == job_id
+    until(reaches(bench.queues, job_id, "finished"))
 
 
 @pytest.mark.parametrize("do", ["work 30", "silent 30", "swallow 30"])
-def test_a_running_job_is_cancelled_and_the_worker_stays_warm(
-    queues: Queues, events: Events, supervise: Supervise, do: str
-) -> None:
-    [job_id] = queues.enqueue_score(1, "v1", [task(1, do)])
-    supervise()
-    until(lambda: events.tasks("begin") == [1])
-    assert queues.cancel(job_id)
-    took = until(reaches(queues, job_id, "cancelled"))
-    assert took < 2
-    assert info(queues, job_id).message == "Cancelled."
-    [after] = queues.enqueue_score(1, "v1", [task(2)])
-    until(reaches(queues, after, "finished"))
-    assert len({words[2] for words in events.of("begin")}) == 1
-    assert events.tasks("end") == [2]
+def test_a_running_job_is_cancelled_and_the_worker_stays_warm(bench: Bench, do: str) -> None:
+    number, job_id = bench.score(do)
+    until(lambda: bench.count("begin", number))
+    assert bench.queues.cancel(job_id)
+    assert until(reaches(bench.queues, job_id, "cancelled")) < 2
+    assert info(bench.queues, job_id).message == "Cancelled."
+    after, job_id = bench.score("nothing")
+    until(reaches(bench.queues, job_id, "finished"))
+    assert bench.count("end", number) == 0
+    pids = {words[2] for words in bench.events.of("begin") if int(words[0]) in (number, after)}
+    assert len(pids) == 1
 
 
-def test_a_failure_is_tried_again_with_a_growing_delay(queues: Queues, events: Events, supervise: Supervise) -> None:
-    [job_id] = queues.enqueue_score(1, "v1", [task(1, "fail 1")])
-    supervise()
-    until(reaches(queues, job_id, "retrying"))
-    assert info(queues, job_id).message == "ValueError: not yet"
-    assert queues.busy(1, "v1") == {1}
-    assert until(reaches(queues, job_id, "finished")) < 4
-    assert events.tasks("begin") == [1, 1]
+def test_a_failure_is_tried_again_with_a_growing_delay(bench: Bench) -> None:
+    number, job_id = bench.score("fail 1")
+    until(reaches(bench.queues, job_id, "retrying"))
+    assert info(bench.queues, job_id).message == "ValueError: not yet"
+    assert number in bench.queues.busy(1, "v1")
+    assert until(reaches(bench.queues, job_id, "finished")) < 4
+    assert bench.count("begin", number) == 2
 
 
-def test_a_waiting_retry_can_be_cancelled(queues: Queues, events: Events, supervise: Supervise) -> None:
-    [job_id] = queues.enqueue_score(1, "v1", [task(1, "fail 9")])
-    supervise()
-    until(lambda: len(events.tasks("begin")) == 2 and state(queues, job_id) == "retrying")
-    assert queues.cancel(job_id)
-    assert state(queues, job_id) == "cancelled"
+def test_a_waiting_retry_can_be_cancelled(bench: Bench) -> None:
+    number, job_id = bench.score("fail 9")
+    until(lambda: bench.count("begin", number) == 2 and state(bench.queues, job_id) == "retrying")
+    assert bench.queues.cancel(job_id)
+    until(reaches(bench.queues, job_id, "cancelled"))
+    assert bench.count("begin", number) == 2
 
 
-def test_what_another_try_does_not_cure_fails_at_once_in_one_line(
-    queues: Queues, events: Events, supervise: Supervise
-) -> None:
-    [job_id] = queues.enqueue_score(1, "v1", [task(1, "misconfigured")])
-    supervise()
-    until(reaches(queues, job_id, "failed"))
-    assert info(queues, job_id).message == "Set the thing."
-    assert events.tasks("begin") == [1]
-    assert queues.failed(1, "v1") == {1}
+def test_what_another_try_does_not_cure_fails_at_once_in_one_line(bench: Bench) -> None:
+    number, job_id = bench.score("misconfigured")
+    until(reaches(bench.queues, job_id, "failed"))
+    assert info(bench.queues, job_id).message == "Set the thing."
+    assert bench.count("begin", number) == 1
+    assert number in bench.queues.failed(1, "v1")
 
 
-def test_a_job_out_of_time_fails_even_if_it_swallows_exceptions(
-    queues: Queues, supervise: Supervise, settings: Settings
-) -> None:
-    queues._settings = settings.model_copy(update={"job_timeout": 1})
-    [job_id] = queues.enqueue_score(1, "v1", [task(1, "swallow 30")])
-    supervise()
-    until(reaches(queues, job_id, "failed"))
-    assert "1 s" in info(queues, job_id).message
+def test_a_job_out_of_time_fails_even_if_it_swallows_exceptions(bench: Bench) -> None:
+    impatient = Queues(bench.connection, bench.settings.model_copy(update={"job_timeout": 1}))
+    [job_id] = impatient.enqueue_score(1, "v1", [task(next(bench.numbers), "swallow 30")])
+    until(reaches(bench.queues, job_id, "failed"))
+    assert "1 s" in info(bench.queues, job_id).message
 
 
-def test_a_foreign_function_is_refused_and_not_run(
-    queues: Queues, connection: Redis, supervise: Supervise, tmp_path: Path
-) -> None:
+def refusal(bench: Bench, data: bytes, **fields: str | bytes) -> str:
+    """Return what becomes of a forged job."""
+    until(reaches(bench.queues, forge(bench.connection, data, **fields), "failed"))
+    message = info(bench.queues, "forged").message
+    bench.connection.delete("rq:job:forged")
+    bench.connection.zrem("rq:failed:score", "forged")
+    return message
+
+
+def test_a_foreign_function_is_refused_and_not_run(bench: Bench, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
-    job_id = forge(connection, json.dumps(["os.system", None, [f"touch {trace}"], {}]).encode())
-    supervise()
-    until(reaches(queues, job_id, "failed"))
-    assert info(queues, job_id).message == "Refused: 'os.system' is not a job of this worker."
+    said = refusal(bench, json.dumps(["os.system", None, [f"touch {trace}"], {}]).encode())
+    assert said == "Refused: 'os.system' is not a job of this worker."
     assert not trace.exists()
 
 
-def test_a_pickled_payload_is_refused_and_not_run(
-    queues: Queues, connection: Redis, supervise: Supervise, tmp_path: Path
-) -> None:
+def test_a_pickled_payload_is_refused_and_not_run(bench: Bench, tmp_path: Path) -> None:
     trace = tmp_path / "trace"
 
     class Trap:
         def __reduce__(self) -> tuple[object, ...]:
             return os.system, (f"touch {trace}",)
 
-    job_id = forge(connection, pickle.dumps(Trap()), meta=pickle.dumps(Trap()))
-    supervise()
-    until(reaches(queues, job_id, "failed"))
-    assert not trace.exists()
-    queues.jobs()
+    said = refusal(bench, pickle.dumps(Trap()), meta=pickle.dumps(Trap()))
+    assert said == "Refused: the job's payload is not JSON."
     assert not trace.exists()
 
 
-def test_callbacks_webhooks_and_instances_are_refused(
-    queues: Queues, connection: Redis, supervise: Supervise, tmp_path: Path
-) -> None:
+def test_callbacks_webhooks_and_instances_are_refused(bench: Bench) -> None:
     good = json.dumps(["anomaly_workers.jobs.fit", None, [], {"project": 1, "run": "x"}]).encode()
-    supervise()
-    hook = json.dumps([{"url": "http://127.0.0.1:1/", "job_status": "failed", "method": "GET", "headers": None}])
-    for fields in (
-        {"success_callback_name": "os.abort"},
-        {"failure_callback_name": "os.abort"},
-        {"stopped_callback_name": "os.abort"},
-        {"webhooks": hook},
-    ):
-        until(reaches(queues, forge(connection, good, **fields), "failed"))
-        assert info(queues, "forged").message.startswith("Refused: a job with "), fields
-        connection.delete("rq:job:forged", "rq:failed:score")
+    for name in ("success_callback_name", "failure_callback_name", "stopped_callback_name"):
+        assert refusal(bench, good, **{name: "os.abort"}) == f"Refused: a job with {name}."
+    hook = {"url": "http://127.0.0.1:1/", "job_status": "failed", "method": "GET", "headers": None}
+    assert refusal(bench, good, webhooks=json.dumps([hook])) == "Refused: a job with webhooks."
     instance = json.dumps(["anomaly_workers.jobs.fit", {"a": 1}, [], {"project": 1, "run": "x"}]).encode()
-    until(reaches(queues, forge(connection, instance), "failed"))
-    assert info(queues, "forged").message.startswith("Refused")
+    assert "keyword arguments only" in refusal(bench, instance)
 
 
 def test_a_job_that_cannot_be_read_is_dropped(queues: Queues, connection: Redis, supervise: Supervise) -> None:
@@ -191,7 +205,7 @@ def test_a_job_survives_a_restart_of_redis(
     os.kill(int(queues.connection.info("server")["process_id"]), signal.SIGKILL)
     time.sleep(2)
     server.ensure(home)
-    until(lambda: len(events.tasks("end")) == 8, 30)
+    until(lambda: len(events.tasks("end")) == 8)
     until(reaches(queues, running, "finished"))
     assert sorted(events.tasks("begin")) == list(range(8)), "each task once"
     assert len({words[2] for words in events.of("begin")}) == 1, "the worker stayed"

@@ -47,9 +47,9 @@ _STATES = {
 _EXPLAINED = ("retrying", "failed", "cancelled", "queued")
 
 
-def connect(url: str) -> Redis:
-    """Return a connection that outlives about a minute without its server."""
-    return Redis.from_url(url, retry=RedisRetry(ExponentialBackoff(cap=5), 20), health_check_interval=30)
+def connect(url: str, *, tries: int = 20) -> Redis:
+    """Return a connection that outlives about a minute without its server; fewer `tries` for who cannot wait."""
+    return Redis.from_url(url, retry=RedisRetry(ExponentialBackoff(cap=5), tries), health_check_interval=30)
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,17 +108,17 @@ class Salvage:
 
     def bury_the_dead(self, known: Collection[str]) -> None:
         """Bury every worker that is dead beyond doubt, of whatever host; `known` ones are seen to live."""
-        for worker in self._gone_from_here():
-            if worker not in known:
-                self.bury(worker, VANISHED)
+        living, gone = self._of_this_machine()
+        for worker in gone - set(known):
+            self.bury(worker, VANISHED)
         if self._just_restarted():
             return  # nobody could give a sign of life
+        trusted = living | set(known)  # whoever slept with this machine is late, not dead
         for running in self.running():
-            if running.deadline < time.time() and running.worker not in known:
+            if running.deadline < time.time() and running.worker not in trusted:
                 self._give_back(running, VANISHED)
-        for worker in self._silent_claimants():
-            if worker not in known:
-                self.bury(worker, VANISHED)
+        for worker in self._silent_claimants() - trusted:
+            self.bury(worker, VANISHED)
 
     def tidy(self) -> None:
         """Drop the registers' entries of jobs and workers that have expired."""
@@ -146,19 +146,20 @@ class Salvage:
             for entry, deadline in answer:
                 yield queue, text(entry), float(deadline)
 
-    def _gone_from_here(self) -> list[str]:
-        """Return workers that were processes of this machine and are no more."""
+    def _of_this_machine(self) -> tuple[set[str], set[str]]:
+        """Return the workers that are processes of this machine, and those that were and are no more."""
         here = machine.identity()
-        gone = []
+        living: set[str] = set()
+        gone: set[str] = set()
         for key in self._connection.smembers(_WORKERS):
             where, pid = self._connection.hmget(text(key), ["machine", "pid"])
-            if where and pid and text(where) == here and not machine.lives(int(pid)):
-                gone.append(_name(key))
-        return gone
+            if where and pid and text(where) == here:
+                (living if machine.lives(int(pid)) else gone).add(_name(key))
+        return living, gone
 
-    def _silent_claimants(self) -> list[str]:
-        names = [text(name) for name in self._connection.hkeys(CLAIMS)]
-        return [name for name in names if not self._connection.exists(f"{RQ_KEY_PREFIX}:worker:{name}")]
+    def _silent_claimants(self) -> set[str]:
+        names = {text(name) for name in self._connection.hkeys(CLAIMS)}
+        return {name for name in names if not self._connection.exists(f"{RQ_KEY_PREFIX}:worker:{name}")}
 
     def _just_restarted(self) -> bool:
         return int(self._connection.info("server")["uptime_in_seconds"]) < SILENT_SECONDS

@@ -40,7 +40,7 @@ local function running(id, queue)
 end
 
 local function push(id, queue, front)
-    redis.call('HSET', job_of(id), 'status', 'queued', 'origin', queue, 'worker_name', '')
+    redis.call('HSET', job_of(id), 'status', 'queued', 'origin', queue, 'worker_name', '', 'started_at', '')
     redis.call(front and 'LPUSH' or 'RPUSH', queue_of(queue), id)
 end
 
@@ -135,7 +135,11 @@ local function promote(queue)
     local due = redis.call('ZRANGEBYSCORE', rq .. 'scheduled:' .. queue, '-inf', now(), 'LIMIT', 0, 100)
     for _, id in ipairs(due) do
         redis.call('ZREM', rq .. 'scheduled:' .. queue, id)
-        if redis.call('EXISTS', job_of(id)) == 1 then push(id, queue, true) end
+        if redis.call('HGET', job_of(id), 'cancel') then
+            close(id, queue, 'stopped', 'Cancelled.')
+        elseif redis.call('EXISTS', job_of(id)) == 1 then
+            push(id, queue, true)
+        end
     end
 end
 

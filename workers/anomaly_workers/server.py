@@ -93,6 +93,10 @@ class _Home:
         return self.root / "server.lock"
 
     @property
+    def pid(self) -> Path:
+        return self.root / "server.pid"
+
+    @property
     def url(self) -> str:
         return f"unix://{quote(str(self.socket))}?db=0"
 
@@ -154,7 +158,14 @@ def _start(home: _Home) -> None:
         elif _answers(home.url):
             return
         time.sleep(0.02)
-    raise JobError(
+    raise JobError(_why_not(engine, home))
+
+
+def _why_not(engine: _Engine, home: _Home) -> str:
+    if _locked(home.lock):
+        pid = home.pid.read_text().strip() if home.pid.exists() else "unknown"
+        return f"A Redis (process {pid}) holds {home.lock} but does not answer at {home.socket}. End it and try again."
+    return (
         f"The embedded Redis of {home.root} did not start: {_last_words(engine, home)} "
         f"Its log is {_log(engine, home)}; moving {home.root / engine.name} away gives up what was queued."
     )
@@ -171,7 +182,7 @@ def _spawn(engine: _Engine, home: _Home, lock: int) -> None:
         "unixsocketperm": "700",
         "dir": str(data),
         "logfile": str(_log(engine, home)),
-        "pidfile": str(home.root / "server.pid"),
+        "pidfile": str(home.pid),
         "daemonize": "yes",
         "appendonly": "yes",
         "appendfsync": "everysec",
@@ -208,18 +219,24 @@ def _await(home: _Home) -> bool:
 
 
 def _answers(url: str) -> bool:
-    """Tell whether a server answers at `url`, waiting while it loads its data."""
+    try:
+        _greet(url)
+    except (ConnectionError, TimeoutError):
+        return False
+    return True
+
+
+def _greet(url: str) -> str:
+    """Return the version of the server at `url`, having waited while it loads its data."""
     deadline = time.monotonic() + LOAD_SECONDS
     with _client(url) as client:
         while True:
             try:
-                return bool(client.ping())
+                return str(client.info("server")["redis_version"])
             except BusyLoadingError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
-            except (ConnectionError, TimeoutError):
-                return False
 
 
 def _repair(engine: _Engine, home: _Home) -> bool:
@@ -272,9 +289,7 @@ def _check(url: str) -> None:
     """Raise ConfigError unless a Redis that is new enough answers at `url`."""
     shown = _without_password(url)
     try:
-        with _client(url) as client:
-            client.ping()
-            version = str(client.info("server")["redis_version"])
+        version = _greet(url)
     except (RedisError, ValueError) as error:
         raise ConfigError(
             f"ANOMALY_REDIS_URL: no Redis answers at {shown} ({error}). Start it, correct the address, "

@@ -134,7 +134,8 @@ class Supervisor:
         inherited = dict(os.environ if environ is None else environ)
         base = inherited | to_environ(settings) | {f"{PREFIX}REDIS_URL": redis_url}
         self._settings = settings
-        self._salvage = Salvage(_connect(redis_url))
+        self._connection = _connect(redis_url)
+        self._salvage = Salvage(self._connection)
         self._children = [_Child(worker_command, extra, True) for extra in _places(settings, workers, base)]
         if sweep_command is not None:
             self._children.append(_Child(sweep_command, base, False))
@@ -145,7 +146,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Start the processes and watch them from a thread."""
-        self._thread = threading.Thread(target=self._watch, name="supervisor")
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -237,6 +238,7 @@ class Supervisor:
             if child.is_worker:
                 self._dead[child.name] = child.verdict or SHUTDOWN
         self._with_redis(self._bury)
+        self._connection.close()
 
     def _with_redis(self, action: Callable[[], None]) -> None:
         """Do what needs Redis; without it the processes are watched all the same."""

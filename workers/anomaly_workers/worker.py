@@ -100,7 +100,7 @@ class WarmWorker(SimpleWorker):
         while not self._stop_requested:
             if found := self._scripts.claim(args=[self.name, *QUEUES]):
                 queue, job_id = map(text, found)
-                if job := self._fetch(job_id):
+                if job := self._fetch(queue, job_id):
                     return job, self._queue(queue)
                 self._drop(queue, job_id)
             elif timeout is None:
@@ -112,23 +112,22 @@ class WarmWorker(SimpleWorker):
     def _queue(self, name: str) -> Queue:
         return next(queue for queue in self.queues if queue.name == name)
 
-    def _fetch(self, job_id: str) -> Job | None:
+    def _fetch(self, queue: str, job_id: str) -> Job | None:
         try:
-            return AllowedJob.fetch(job_id, connection=self.connection, serializer=self.serializer)
+            job = AllowedJob.fetch(job_id, connection=self.connection, serializer=self.serializer)
         except NoSuchJobError:
             return None  # deleted since it was queued
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError, TimeoutFormatError) as error:
             logger.warning("Job %s is dropped, it cannot be read: %s", job_id, error)
             return None
+        return job if job.origin == queue else None
 
     def _drop(self, queue: str, job_id: str) -> None:
+        """Take the job off the list of jobs taken."""
         with self.connection.pipeline() as pipeline:
-            self._forget_claim(pipeline, queue, job_id)
+            pipeline.lrem(f"{self._queue(queue).key}:intermediate", 0, job_id)
+            pipeline.hdel(CLAIMS, self.name)
             pipeline.execute()
-
-    def _forget_claim(self, pipeline: Pipeline, queue: str, job_id: str) -> None:
-        pipeline.lrem(f"{self._queue(queue).key}:intermediate", 0, job_id)
-        pipeline.hdel(CLAIMS, self.name)
 
     # Running one
 
@@ -139,10 +138,11 @@ class WarmWorker(SimpleWorker):
         job.runner = self._call
         super().execute_job(job, queue)
 
-    def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:
-        """Mark the job started; only now is it no longer a job taken."""
-        super().prepare_job_execution(job, remove_from_intermediate_queue=False)
+    def prepare_execution(self, job: Job) -> Execution:
+        """Enter the job among the running ones; only then is it no longer a job taken."""
+        execution = super().prepare_execution(job)
         self._drop(job.origin, job.id)
+        return execution
 
     def _call(self, job: AllowedJob) -> Any:
         check(job, self._allow)
@@ -159,11 +159,11 @@ class WarmWorker(SimpleWorker):
     def handle_exception(self, job: Job, *exc_info: Any) -> None:
         """Log a failure in one line when it is one of ours, and decide whether another try makes sense."""
         error = exc_info[1]
-        if isinstance(error, (Cancelled, Interrupted)):
+        if isinstance(error, (Cancelled, Interrupted)) or self.connection.hexists(job.key, "cancel"):
             self._stopped_job_id = job.id
         if isinstance(error, PERMANENT):
             job.retries_left = 0
-        expected = isinstance(error, (AnomalyError, Interrupted, OutOfTime))
+        expected = isinstance(error, (AnomalyError, Interrupted, OutOfTime, DeserializationError))
         logger.error("Job %s: %s", job.id, one_line(error), exc_info=None if expected else exc_info)
 
     def _finalize_failure(self, job: Job, queue: Queue, execution: Execution, exc_info: Any) -> None:
@@ -274,6 +274,8 @@ class _JobProgress:
 
 def one_line(error: BaseException | None) -> str:
     """Return what to tell a person: our own errors' message, other errors with their class."""
+    if isinstance(error, DeserializationError):
+        return "Refused: the job's payload is not JSON."
     said = " ".join(str(error).split())
     if not isinstance(error, (AnomalyError, Interrupted, OutOfTime)):
         said = f"{type(error).__name__}: {said}" if said else type(error).__name__
@@ -295,9 +297,14 @@ def run(settings: Settings, *, allow: Allowed, context: Any, name: str | None = 
         context: what outlives the jobs, such as warm models; its `device`, if any, is shown by `ls-anomaly jobs`.
         name: unique name of the worker.
     """
-    connection = connect(server.ensure(settings))
+    connection = _patient(settings)
     worker = WarmWorker(connection, allow=allow, context=context, name=name or new_name())
     worker.work(logging_level=settings.log_level)
+
+
+def _patient(settings: Settings) -> Redis:
+    """Connect; a configured Redis may still be starting, as it does beside us in a compose file."""
+    return connect(settings.redis_url or server.ensure(settings))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -307,10 +314,14 @@ def main(arguments: list[str] | None = None) -> None:
         lifeline.follow(options.parent)
     settings = load_settings()
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    from anomaly_workers import jobs
+    from anomaly_workers import jobs  # here, so that a worker of other jobs can do without torch
 
-    context = jobs.open_context(settings, connect(server.ensure(settings)))
-    run(settings, allow=jobs.ALLOWED, context=context, name=options.name)
+    try:
+        context = jobs.open_context(settings, _patient(settings))
+        run(settings, allow=jobs.ALLOWED, context=context, name=options.name)
+    except AnomalyError as error:
+        logger.error("%s", error)
+        raise SystemExit(1) from error
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
