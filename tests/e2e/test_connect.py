@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import httpx
 import pytest
 
 from anomaly_workers import doctor
 from anomaly_workers.client import Client
-from anomaly_workers.connect import TITLE, ConnectReport, basic, connect, disconnect
+from anomaly_workers.connect import TITLE, ConnectReport, _subscribe, basic, connect, disconnect
 from anomaly_workers.errors import ConfigError, LabelStudioError
 from anomaly_workers.settings import Settings, load_settings
+from anomaly_workers.types import Connection
 from conftest import free_port
 
 PASSWORD = "front-end-password"
@@ -183,6 +185,13 @@ def test_an_unknown_name_is_told(client: Client, new_project: Make) -> None:
             password=PASSWORD,
             heatmap_url=str,
         )
+
+
+def test_a_host_name_that_webhooks_refuse_is_explained() -> None:
+    refusal = {"detail": "Validation error", "validation_errors": {"url": ["Enter a valid URL."]}}
+    transport = httpx.MockTransport(lambda _request: httpx.Response(400, json=refusal))
+    with Client(Connection("http://ls", 1, "t"), transport=transport) as one, pytest.raises(ConfigError, match="dot"):
+        _subscribe(one, 1, "http://web:9090", {}, [])
 
 
 def test_a_project_that_predictions_cannot_fill_is_refused_untouched(

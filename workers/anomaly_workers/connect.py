@@ -195,6 +195,11 @@ def _explained(client: Client, project: int, url: str, error: LabelStudioError) 
             f"Label Studio cannot reach {url}. Start the front end (`ls-anomaly up`), and set ANOMALY_BACKEND_URL to "
             "its address as Label Studio sees it (in a container that is not localhost)."
         )
+    if error.status == 400 and "valid URL" in said:
+        return ConfigError(
+            f"Label Studio sends no events to {url}: its webhooks want localhost, an IP address or a host name with a dot. "
+            "Set ANOMALY_BACKEND_URL to such an address."
+        )
     return error
 
 
