@@ -189,7 +189,9 @@ def test_an_unknown_name_is_told(client: Client, new_project: Make) -> None:
 
 def test_a_host_name_that_webhooks_refuse_is_explained() -> None:
     refusal = {"detail": "Validation error", "validation_errors": {"url": ["Enter a valid URL."]}}
-    transport = httpx.MockTransport(lambda _request: httpx.Response(400, json=refusal))
+    transport = httpx.MockTransport(
+        lambda request: httpx.Response(200, json=[]) if request.method == "GET" else httpx.Response(400, json=refusal)
+    )
     with Client(Connection("http://ls", 1, "t"), transport=transport) as one, pytest.raises(ConfigError, match="dot"):
         _subscribe(one, 1, "http://web:9090", {}, [])
 

@@ -197,7 +197,7 @@ def _explained(client: Client, project: int, url: str, error: LabelStudioError) 
         )
     if error.status == 400 and "valid URL" in said:
         return ConfigError(
-            f"Label Studio sends no events to {url}: its webhooks want localhost, an IP address or a host name with a dot. "
+            f"Label Studio sends no events to {url}: its webhooks want localhost, an IP address or a name with a dot. "
             "Set ANOMALY_BACKEND_URL to such an address."
         )
     return error
