@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from product import Product
 
 from anomaly_workers import instance
 from anomaly_workers.client import Client
+from anomaly_workers.settings import load_settings
+from anomaly_workers.stack import Stack
 from anomaly_workers.types import Connection
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,3 +65,19 @@ def new_project(client: Client) -> Iterator[Callable[[str], int]]:
     yield make
     for project in made:
         client.delete_project(project)
+
+
+@pytest.fixture(scope="session")
+def product(
+    label_studio: instance.Instance, client: Client, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Product]:
+    """The whole product, with one worker, connected to that Label Studio."""
+    settings = load_settings(
+        {}, data_dir=tmp_path_factory.mktemp("anomaly"), port=free_port(), sweep_seconds=2.0, settle_seconds=1.0
+    )
+    running = Stack(settings)
+    try:
+        running.start()
+        yield Product(label_studio, settings, client)
+    finally:
+        running.stop()

@@ -1,0 +1,103 @@
+"""The whole product on this machine, for the tests that look at it as a user does."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from anomaly_workers import instance, queues, sample, server
+from anomaly_workers.client import Client
+from anomaly_workers.enrol import enrol
+from anomaly_workers.labelstudio import config
+from anomaly_workers.queues import Queues
+from anomaly_workers.settings import Settings
+from anomaly_workers.store import ProjectStore, Store
+
+PATIENCE = 240.0
+
+
+@dataclass(frozen=True)
+class Product:
+    """A running Label Studio, front end, Redis and worker."""
+
+    label_studio: instance.Instance
+    settings: Settings
+    client: Client
+
+    def project(self, title: str) -> ProjectStore:
+        """Create and connect a project."""
+        report = enrol(self.settings, self.label_studio.url, self.label_studio.token, create=title)
+        return Store(self.settings.data_dir).project(report.project)
+
+    def queues(self) -> Queues:
+        return Queues(queues.connect(server.ensure(self.settings)), self.settings)
+
+    def add(self, store: ProjectStore, files: Sequence[tuple[str, bytes]], *, normal: bool = False) -> list[int]:
+        """Upload files and make tasks of them, annotated as normal if asked; return the task ids in order."""
+        controls = config.parse(store.label_config)
+        assert controls.choices is not None
+        annotation = {
+            "result": [
+                {
+                    "from_name": controls.choices.name,
+                    "to_name": controls.image,
+                    "type": "choices",
+                    "value": {"choices": [controls.normal]},
+                }
+            ]
+        }
+        addresses = self.client.upload(store.id, files)
+        extra = {"annotations": [annotation]} if normal else {}
+        return self.client.import_tasks(
+            store.id, [{"data": {controls.value: address}} | extra for address in addresses]
+        )
+
+    def add_washers(self, store: ProjectStore, count: int = 24, *, seed: int = 0) -> list[int]:
+        """Add normal washers as open tasks, enough for a first fit."""
+        return self.add(store, washers(count, seed=seed))
+
+    def scored(self, store: ProjectStore, *, but: Sequence[int] = ()) -> dict[int, list[str]]:
+        """Wait until every open task but some has a prediction of the deployed version; return versions by task."""
+        wait_for(lambda: store.current and not store.rollout, "a deployed version")
+        wait_for(
+            lambda: {task.id for task in self.client.open_tasks(store.id, without_version=store.current)} <= set(but),
+            "a prediction for every open task",
+        )
+        return self.versions(store)
+
+    def versions(self, store: ProjectStore) -> dict[int, list[str]]:
+        """Return the versions of the predictions of each open task."""
+        found = self.client.predictions(store.id)
+        return {
+            task.id: [one["model_version"] for one in found.get(task.id, [])]
+            for task in self.client.open_tasks(store.id)
+        }
+
+
+def washers(count: int, *, defect: str = "good", seed: int = 0, side: int = sample.SIDE) -> list[tuple[str, bytes]]:
+    """Draw washers as JPEG files."""
+    random = np.random.default_rng(seed)
+    return [
+        (f"{defect}-{index}.jpg", encoded(sample.washer(random, defect=defect).resize((side, side)), "JPEG"))
+        for index in range(count)
+    ]
+
+
+def encoded(picture: Image.Image, kind: str) -> bytes:
+    """Return a picture as a file of the kind."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def wait_for(condition: Callable[[], object], what: str, *, seconds: float = PATIENCE) -> None:
+    """Wait until a condition holds; fail with what was waited for."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.2)
