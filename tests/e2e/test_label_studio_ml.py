@@ -17,13 +17,13 @@ import httpx
 import numpy as np
 import pytest
 
-from anomaly_workers import counters, instance, queues, sample, server
+from anomaly_workers import counters, queues, sample, server
 from anomaly_workers.client import Client
+from anomaly_workers.instance import Instance
 from anomaly_workers.settings import Settings, load_settings, to_environ
 from anomaly_workers.store import ProjectStore, Store
 from anomaly_workers.supervisor import Supervisor
 from anomaly_workers.tokens import TokenAuth
-from anomaly_workers.types import Connection
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / ".venv-label-studio-ml" / "bin"
@@ -46,19 +46,17 @@ class Site:
         http: Label Studio, asked as its own pages ask.
         client: the same, as the workers ask.
         project: the project.
-        backend: id of the ML backend.
-        address: the address of label-studio-ml.
-        tasks: the project's tasks.
+        backend: the ML backend as Label Studio knows it.
         settings: what the adapter and the workers were given.
         store: the project's part of the store.
         queues: the queues between them.
+        tasks: the project's tasks.
     """
 
     http: httpx.Client
     client: Client
     project: int
     backend: dict[str, Any]
-    address: str
     settings: Settings
     store: ProjectStore
     queues: queues.Queues
@@ -78,34 +76,23 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(label_studio: Instance, client: Client, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A project with images, registered as on Label Studio's settings page, and no worker yet."""
-    label_studio = need(ROOT / ".venv-label-studio" / "bin" / "label-studio")
     need(LIBRARY / "label-studio-ml")
     folder = tmp_path_factory.mktemp("label-studio-ml")
-    place = {"folder": folder / "label-studio", "port": free_port()}
-    with instance.start(label_studio, **place, email="a@example.com", password="washers-12") as running:  # type: ignore[arg-type]
-        settings = load_settings(
-            {},
-            data_dir=folder / "data",
-            label_studio_url=running.url,
-            label_studio_token=running.token,
-            sweep_seconds=2.0,
-            settle_seconds=1.0,
-        )
-        with (
-            redis_of(settings) as queue,
-            served(settings, folder) as address,
-            Client(Connection(running.url, 0, running.token)) as client,
-            httpx.Client(base_url=running.url, auth=TokenAuth(running.url, running.token), timeout=120) as http,
-        ):
-            project = client.create_project("Washers", CONFIG).id
-            backend = http.post("/api/ml/", json={"project": project, "url": address, "title": "anomaly"}).json()
-            site = Site(
-                http, client, project, backend, address, settings, Store(settings.data_dir).project(project), queue
-            )
-            site.tasks.extend(import_washers(client, project, IMAGES))
-            yield site
+    reach = {"label_studio_url": label_studio.url, "label_studio_token": label_studio.token}
+    settings = load_settings({}, data_dir=folder / "data", sweep_seconds=2.0, settle_seconds=1.0, **reach)
+    auth = TokenAuth(label_studio.url, label_studio.token)
+    with (
+        redis_of(settings) as queue,
+        served(settings, folder) as address,
+        httpx.Client(base_url=label_studio.url, auth=auth, timeout=120) as http,
+        project_of(client) as project,
+    ):
+        backend = http.post("/api/ml/", json={"project": project, "url": address, "title": "anomaly"}).json()
+        site = Site(http, client, project, backend, settings, Store(settings.data_dir).project(project), queue)
+        site.tasks.extend(import_washers(client, project, IMAGES))
+        yield site
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +101,8 @@ def scored(site: Site) -> Iterator[Site]:
     supervisor = Supervisor(site.settings, server.ensure(site.settings), workers=1)
     supervisor.start()
     try:
-        wait(
-            lambda: (
-                site.store.current
-                and set(site.client.prediction_counts(site.project, site.store.current)) >= set(site.tasks)
-            )
-        )
+        wait(lambda: site.store.current)
+        wait(lambda: len(site.client.prediction_counts(site.project, site.store.current)) == len(site.tasks))
         wait(lambda: site.client.project(site.project).model_version == site.store.current)
         yield site
     finally:
@@ -219,10 +202,22 @@ def need(command: Path) -> Path:
 
 
 @contextmanager
+def project_of(client: Client) -> Iterator[int]:
+    """Make a project and delete it in the end: Label Studio would go on sending events."""
+    project = client.create_project("Washers", CONFIG).id
+    try:
+        yield project
+    finally:
+        client.delete_project(project)
+
+
+@contextmanager
 def redis_of(settings: Settings) -> Iterator[queues.Queues]:
-    with queues.connect(server.ensure(settings)) as connection:
-        yield queues.Queues(connection, settings)
-    server.stop(settings)
+    try:
+        with queues.connect(server.ensure(settings)) as connection:
+            yield queues.Queues(connection, settings)
+    finally:
+        server.stop(settings)
 
 
 @contextmanager
