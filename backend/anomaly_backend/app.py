@@ -37,7 +37,7 @@ def from_environment() -> Flask:
     """Build the application from ANOMALY_* variables; what gunicorn calls."""
     settings = load_settings()
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    connection = queues.connect(server.ensure(settings))
+    connection = queues.connect(server.ensure(settings), tries=2)
     dispatcher = Dispatcher(Store(settings.data_dir), queues.Queues(connection, settings), settings)
     logger.info("front end ready, process %d", os.getpid())
     return create_app(settings, dispatcher)

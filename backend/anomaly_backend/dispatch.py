@@ -6,12 +6,11 @@ import logging
 import time
 from collections.abc import Sequence
 
-from anomaly_workers.labelstudio.payloads import Event, Predict, Setup
-
 from anomaly_backend import interactive
 from anomaly_workers.counters import count
 from anomaly_workers.errors import ConfigError
 from anomaly_workers.labelstudio import config
+from anomaly_workers.labelstudio.payloads import Event, Predict, Setup
 from anomaly_workers.queues import Queues
 from anomaly_workers.settings import Settings
 from anomaly_workers.store import ProjectStore, Store
@@ -64,7 +63,7 @@ class Dispatcher:
         count(self.queues.connection, "webhooks")
         project = self._project(event.project)
         if not project.is_connected:
-            logger.warning("project %s is not connected, %s ignored", event.project, event.action)
+            logger.info("project %s is not connected, %s ignored", event.project, event.action)
             return {}
         project.keep_label_config(event.label_config)
         if event.action == "TASKS_CREATED":

@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,18 +89,23 @@ def run(
         f"{len(pictures)} images, {sum(picture.confirmed for picture in pictures)} of them known to be normal"
     )
     running = Stack(settings)
-    with watch.stage("start Label Studio"), console.status("starting Label Studio (a real one, SQLite)"):
-        place = instance.start(
-            label_studio.resolve(), folder=folder.resolve() / "label-studio", port=port, email=EMAIL, password=PASSWORD
-        )
-    with place:
-        try:
-            with watch.stage("start front end, Redis, workers"), console.status("starting front end and workers"):
-                running.start()
+    try:
+        with watch.stage("start everything"), console.status("starting Label Studio, Redis, front end and workers"):
+            with ThreadPoolExecutor(1) as pool:
+                started = pool.submit(running.start)
+                place = instance.start(
+                    label_studio.absolute(),
+                    folder=folder.resolve() / "label-studio",
+                    port=port,
+                    email=EMAIL,
+                    password=PASSWORD,
+                )
+        with place:
+            started.result()
             return _show(place, settings, pictures, watch, check=check, stop=stop, console=console)
-        finally:
-            with console.status("stopping everything"):
-                running.stop()
+    finally:
+        with console.status("stopping everything"):
+            running.stop()
 
 
 def find_pictures(folder: Path) -> list[Picture]:

@@ -76,6 +76,11 @@ class Stack:
         self._supervisor.start()
         self._wait_for_front()
 
+    @property
+    def worker_pids(self) -> list[int]:
+        """Process ids of the living workers, without the sweep's."""
+        return self._supervisor.pids[:-1] if self._supervisor is not None else []
+
     def wait(self, stop: threading.Event) -> None:
         """Block until `stop` is set or the front end dies.
 
@@ -85,7 +90,6 @@ class Stack:
         while not stop.wait(0.5):
             if self._front is not None and self._front.poll() is not None:
                 raise ConfigError("The front end stopped; its last lines above say why.")
-            server.ensure(self.settings)  # an embedded Redis that was killed comes back with all that was queued
 
     def stop(self) -> None:
         """Stop all parts, workers first; the embedded Redis keeps what is queued on disk."""
