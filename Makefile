@@ -6,7 +6,7 @@ PYTHON ?= python3
 LABEL_STUDIO_VERSION = 1.23.2
 UV = .venv/bin/uv pip install --quiet
 
-.PHONY: install demo test check label-studio browser clean
+.PHONY: install demo test label-studio label-studio-ml browser clean
 .DEFAULT_GOAL := install
 
 install: .venv/.installed
@@ -33,6 +33,14 @@ label-studio: .venv-label-studio/.installed
 	$(UV) --python .venv-label-studio label-studio==$(LABEL_STUDIO_VERSION)
 	@touch $@
 
+# label-studio-ml 1.0.9 pins Flask 1.1, so it lives apart.
+label-studio-ml: .venv-label-studio-ml/.installed
+
+.venv-label-studio-ml/.installed: pyproject.toml | .venv/bin/uv
+	.venv/bin/uv venv --quiet --allow-existing --python $(PYTHON) .venv-label-studio-ml
+	$(UV) --python .venv-label-studio-ml --editable . 'label-studio-ml==1.0.9'
+	@touch $@
+
 # make demo [IMAGES=DIR] [CHECK=1]
 demo: install label-studio
 	.venv/bin/ls-anomaly demo --label-studio .venv-label-studio/bin/label-studio $(if $(IMAGES),--images "$(IMAGES)") $(if $(CHECK),--check)
@@ -41,7 +49,7 @@ demo: install label-studio
 browser:
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core >/dev/null; } || echo "no Chromium: the browser tests will be skipped (install Debian's package chromium)"
 
-test: .venv/.installed-dev label-studio browser
+test: .venv/.installed-dev label-studio label-studio-ml browser
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy

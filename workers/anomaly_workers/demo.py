@@ -90,16 +90,16 @@ def run(
     )
     running = Stack(settings)
     try:
-        with watch.stage("start everything"), console.status("starting Label Studio, Redis, front end and workers"):
-            with ThreadPoolExecutor(1) as pool:
-                started = pool.submit(running.start)
-                place = instance.start(
-                    label_studio.absolute(),
-                    folder=folder.resolve() / "label-studio",
-                    port=port,
-                    email=EMAIL,
-                    password=PASSWORD,
-                )
+        starting = console.status("starting Label Studio, Redis, front end and workers")
+        with watch.stage("start everything"), starting, ThreadPoolExecutor(1) as pool:
+            started = pool.submit(running.start)
+            place = instance.start(
+                label_studio.absolute(),
+                folder=folder.resolve() / "label-studio",
+                port=port,
+                email=EMAIL,
+                password=PASSWORD,
+            )
         with place:
             started.result()
             return _show(place, settings, pictures, watch, check=check, stop=stop, console=console)

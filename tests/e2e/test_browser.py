@@ -1,0 +1,137 @@
+"""What the inspector sees, in a real Chromium: the mask, the verdict and the heatmap; a correction is submitted."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from product import Product, washers
+
+from anomaly_workers.labelstudio import config, decode
+from anomaly_workers.store import ProjectStore
+
+ARTIFACTS = Path(__file__).resolve().parents[2] / "artifacts"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    command = shutil.which("chromium")
+    if command is None:
+        if os.environ.get("CI"):
+            pytest.fail("there is no Chromium, and CI must not skip it: run `make browser`")
+        pytest.skip("there is no Chromium: install Debian's package chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=command, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, product: Product) -> Iterator[Page]:
+    page = browser.new_context(viewport={"width": 1500, "height": 1000}).new_page()
+    page.set_default_timeout(60_000)
+    page.goto(f"{product.label_studio.url}/user/login/")
+    page.fill("input[name=email]", product.label_studio.email)
+    page.fill("input[name=password]", product.label_studio.password)
+    page.click("[type=submit]")
+    page.wait_for_url(lambda address: "login" not in address)
+    yield page
+    page.context.close()
+
+
+@pytest.fixture(scope="module")
+def inspected(product: Product) -> tuple[ProjectStore, list[int]]:
+    """A project with stained washers to look at."""
+    store = product.project("inspected")
+    product.add(store, washers(30, seed=1), normal=True)
+    defects = product.add(store, washers(2, defect="stain", seed=8))
+    product.scored(store)
+    return store, defects
+
+
+def test_a_task_shows_the_mask_the_verdict_and_the_heatmap(
+    page: Page, product: Product, inspected: tuple[ProjectStore, list[int]]
+) -> None:
+    store, defects = inspected
+    open_task(page, product, store, defects[0])
+    controls = config.parse(store.label_config)
+    assert controls.anomaly is not None
+    expect(page.get_by_role("checkbox", name=controls.anomaly)).to_be_checked()
+
+    with_mask = shot(page.locator(".konvajs-content").first)
+    page.screenshot(path=artifact("task.png"))
+    (prediction,) = product.client.predictions(store.id, tasks=[defects[0]])[defects[0]]
+    mask = drawn_mask(prediction["result"], store, with_mask.shape[:2])
+    reddish = with_mask[..., 0].astype(int) - with_mask[..., 1:].max(axis=-1)
+    assert reddish[mask].mean() > reddish[~mask].mean() + 20, "the mask's red is drawn where the mask is"
+
+    heatmap = page.locator("img[src*='/heatmap/']").first
+    expect(heatmap).to_be_visible()
+    size = heatmap.evaluate("image => [image.complete, image.naturalWidth]")
+    assert size[0]
+    assert size[1] > 100
+    colours = shot(heatmap)
+    assert np.ptp(colours.astype(int), axis=-1).max() > 60, "the heatmap has colours, the washer has none"
+
+
+def test_a_corrected_mask_is_submitted_as_an_annotation(
+    page: Page, product: Product, inspected: tuple[ProjectStore, list[int]]
+) -> None:
+    store, defects = inspected
+    open_task(page, product, store, defects[1])
+    page.locator(".lsf-outliner-item, .lsf-region-item").first.wait_for()
+    page.keyboard.press("Escape")
+    page.get_by_text(config.parse(store.label_config).mask_label or "", exact=True).first.click()
+    canvas = page.locator(".konvajs-content").first
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.1, box["y"] + box["height"] * 0.1)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.12, steps=12)
+    page.mouse.up()
+    page.screenshot(path=artifact("corrected.png"))
+    with page.expect_response(lambda answer: "/annotations" in answer.url and answer.request.method == "POST"):
+        page.get_by_role("button", name="Submit").click()
+    (annotated,) = [one for one in product.client.annotated_tasks(store.id) if one.task.id == defects[1]]
+    result = annotated.annotations[0]["result"]
+    judgement = decode.judgement(result, config.parse(store.label_config), (100, 100))
+    assert judgement.anomaly is True
+    assert judgement.mask[8:16, 12:28].any(), "the stroke that was added is part of the annotation"
+    assert {mark.origin for mark in judgement.marks} == {"prediction", "manual"}
+
+
+def open_task(page: Page, product: Product, store: ProjectStore, task: int) -> None:
+    page.goto(f"{product.label_studio.url}/projects/{store.id}/data?task={task}")
+    page.locator(".konvajs-content canvas").first.wait_for()
+    page.locator("img[src*='/heatmap/']").first.wait_for()
+    page.wait_for_timeout(2500)  # the canvas draws masks after it draws the image
+
+
+def shot(place: Locator) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(place.screenshot())).convert("RGB"))
+
+
+def drawn_mask(result: list[dict[str, object]], store: ProjectStore, size: tuple[int, ...]) -> NDArray[np.bool_]:
+    return decode.judgement(result, config.parse(store.label_config), (size[0], size[1])).mask
+
+
+def artifact(name: str) -> Path:
+    ARTIFACTS.mkdir(exist_ok=True)
+    return ARTIFACTS / name
