@@ -33,6 +33,12 @@ TORCHVISION = "torchvision:"
 """Prefix that asks for torchvision's network where timm has one of the same name."""
 
 _EMBEDDED_TIMM = "tf_efficientnet_lite0"
+_READ_ERRORS = (
+    OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError,
+    pickle.UnpicklingError, safetensors.SafetensorError,
+)  # fmt: skip
+"""What reading a file that holds no weights can raise; torch's restricted unpickler stumbles in many ways."""
+
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -58,7 +64,9 @@ class Backbone:
     def features(self, pixels: NDArray[np.uint8]) -> list[Tensor]:
         """Return the layers' feature maps, shallow to deep, for a batch (n, h, w, 3) of RGB images of one shape."""
         with torch.inference_mode():
-            x = torch.from_numpy(np.require(pixels, requirements="CW")).to(self.device).permute(0, 3, 1, 2)  # (n, 3, h, w), channels last in memory
+            x = (
+                torch.from_numpy(np.require(pixels, requirements="CW")).to(self.device).permute(0, 3, 1, 2)
+            )  # (n, 3, h, w), channels last in memory
             x = (x.float() - self.mean) * self.scale
             x = self._fitted(x).contiguous(memory_format=torch.channels_last)
             return list(self.network(x))
@@ -215,8 +223,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             state: Any = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        raise WeightsError(f"{path} is no safetensors or torch weight file: {error}.") from error
+    except _READ_ERRORS as error:
+        raise WeightsError(f"{path} is no safetensors or torch weight file: {str(error)[:200]}.") from error
     for key in ("state_dict", "model"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -243,8 +251,9 @@ def _timm(name: str, state: dict[str, Tensor] | None, layers: Sequence[int]) -> 
     options: dict[str, Any] = {"pretrained": False}
     probe = _timm_model(name, {"pretrained": False, "features_only": True}, meta=True)
     if state is not None:
-        options = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state}}
-        _timm_model(name, {**options, "num_classes": 0})
+        state = _headless(name, state)
+        options = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state, "num_classes": 0}}
+        _timm_model(name, {**options, "num_classes": 0})  # strict, as both numbers of classes agree
         if probe.state_dict().keys() <= state.keys():  # drops the head, which timm would log as unexpected
             options["pretrained_cfg_overlay"] = {"state_dict": {key: state[key] for key in probe.state_dict()}}
     everything = probe.feature_info
@@ -257,6 +266,14 @@ def _timm(name: str, state: dict[str, Tensor] | None, layers: Sequence[int]) -> 
     transformer = len(set(everything.reduction())) == 1
     multiple = 32 if channels_last else int(everything.reduction()[-1]) if transformer else 1
     return _Built(_ChannelsFirst(network) if channels_last else network, mean, std, multiple)
+
+
+def _headless(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the classifier: features need none, and a fine-tuned file has another number of classes."""
+    config = timm.get_pretrained_cfg(name)
+    heads = (config.classifier if config else None) or ()
+    prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    return {key: value for key, value in state.items() if not key.startswith(prefixes)} if prefixes else state
 
 
 def _timm_model(name: str, options: dict[str, Any], *, meta: bool = False) -> Any:

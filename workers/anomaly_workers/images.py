@@ -145,7 +145,8 @@ def _open(source: bytes | Path) -> Image.Image:
 def _first_bytes(source: bytes | Path) -> str:
     """Describe a file that is no image."""
     try:
-        head = source[:16] if isinstance(source, bytes) else source.open("rb").read(16)
+        with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+            head = file.read(16)
     except OSError as error:
         return _one_line(error)
     return f"it starts with {head!r}" if head else "it is empty"

@@ -27,6 +27,9 @@ ROUNDS = 2
 CUT = 0.005
 """An image is suspect where a normal one would score as high with less than this probability."""
 
+SHARED = 0.3
+"""A look that fewer images than this share have in common is not normal for it: similar defects may repeat."""
+
 MOST = 0.5
 """At most this share is left out."""
 
@@ -38,7 +41,8 @@ def trusted(
 
     Each image is scored by its distance to patches drawn at random from other folds of the images. Random patches
     follow density: a defect that few images share is hardly ever drawn, where a coreset would seek it out (the idea of
-    SoftPatch, arXiv 2403.14233: discard by local density before the coreset). Images far out in the tail of the law
+    SoftPatch, arXiv 2403.14233: discard by local density before the coreset); where images are so few that it is drawn,
+    the distance is to a farther neighbour, one that a repeated defect does not have. Images far out in the tail of the law
     that the lower three quarters of the scores follow are left out altogether, so that scoring such an image later
     does not meet its own patches.
     """
@@ -76,7 +80,9 @@ def _scores(grids: Sequence[Tensor], keep: NDArray[np.bool_], *, seed: int) -> N
         norms = square_norms(bank)
         for index in fold:
             grid = grids[index]  # (h, w, d)
-            distances = nearest(grid.flatten(0, 1), bank, norms=norms).view(1, *grid.shape[:2])
+            places = grid.shape[0] * grid.shape[1]
+            rank = min(1 + round(SHARED * len(bank) / places), len(bank))  # len(bank) / places: drawn from each place
+            distances = nearest(grid.flatten(0, 1), bank, norms=norms, rank=rank).view(1, *grid.shape[:2])
             scores[index] = float(raw_scores(distances)[0])
     return scores
 

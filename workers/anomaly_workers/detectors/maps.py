@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SIGMA = 1.0
-"""Width of the Gaussian in grid cells; at stride 8 that is 8 pixels."""
+SIGMA = 0.5
+"""Width of the Gaussian in grid cells: 4 pixels at stride 8, as in PatchCore (arXiv 2106.08265, section 3.3)."""
 
 TOP_SHARE = 0.01
 """The raw score is the mean over this share of the map, its highest part."""
@@ -22,8 +22,8 @@ def raw_maps(distances: Tensor, size: tuple[int, int]) -> Tensor:
 def raw_scores(distances: Tensor) -> Tensor:
     """Return the raw score (n,) of patch distances (n, h, w): the mean of the highest smoothed values.
 
-    One value alone makes a noisy score; it is at most the map's maximum, so that an image whose score reaches a
-    threshold has a region that does.
+    One value alone makes a noisy score. The mean is at most the highest of them, so that an image whose score reaches
+    a threshold has a place that does.
     """
     flat = _smoothed(distances[:, None]).flatten(1)  # (n, h * w)
     count = max(1, round(TOP_SHARE * flat.shape[1]))

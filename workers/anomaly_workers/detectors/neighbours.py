@@ -9,13 +9,13 @@ CHUNK = 4096
 """Queries a product; 4096 x 4000 float32 distances are 64 MB."""
 
 
-def nearest(queries: Tensor, bank: Tensor, *, norms: Tensor | None = None) -> Tensor:
-    """Return the Euclidean distance (n,) of each query (n, d) to its nearest row of the bank (m, d).
+def nearest(queries: Tensor, bank: Tensor, *, norms: Tensor | None = None, rank: int = 1) -> Tensor:
+    """Return the Euclidean distance (n,) of each query (n, d) to its nearest, or rank-th nearest, row of bank (m, d).
 
     |q - b|² = |q|² - 2 q·b + |b|²; the bank's norms may be given, so that they are computed once.
     """
     norms = square_norms(bank) if norms is None else norms
-    found = [_nearest_chunk(chunk, bank, norms) for chunk in torch.split(queries, CHUNK)]
+    found = [_nearest_chunk(chunk, bank, norms, rank) for chunk in torch.split(queries, CHUNK)]
     return torch.cat(found) if found else queries.new_zeros(0)
 
 
@@ -24,7 +24,8 @@ def square_norms(rows: Tensor) -> Tensor:
     return (rows * rows).sum(dim=1)
 
 
-def _nearest_chunk(queries: Tensor, bank: Tensor, norms: Tensor) -> Tensor:
+def _nearest_chunk(queries: Tensor, bank: Tensor, norms: Tensor, rank: int) -> Tensor:
     products = torch.addmm(norms[None], queries, bank.T, alpha=-2)  # (n, m): |b|² - 2 q·b
-    squared = products.amin(dim=1) + square_norms(queries)  # (n,)
+    least = products.amin(dim=1) if rank == 1 else products.kthvalue(rank, dim=1).values  # (n,)
+    squared = least + square_norms(queries)
     return squared.clamp_min_(0).sqrt_()

@@ -47,7 +47,8 @@ def grid_batch(backbone: Backbone, pixels: np.ndarray[tuple[int, ...], np.dtype[
             layer if layer.shape[2:] == shape else functional.interpolate(layer, size=shape, mode="bilinear")
             for layer in layers
         ]
-        return _narrowed(torch.cat(same, dim=1).permute(0, 2, 3, 1))  # (n, c, h, w) -> (n, h, w, d)
+        joined = torch.cat(same, dim=1).permute(0, 2, 3, 1)  # (n, c, h, w) -> (n, h, w, d)
+        return _narrowed(_tempered(joined))
 
 
 def _batches(pictures: Sequence[Picture]) -> Iterator[list[int]]:
@@ -62,6 +63,16 @@ def _batches(pictures: Sequence[Picture]) -> Iterator[list[int]]:
 
 def _averaged(layer: Tensor) -> Tensor:
     return functional.avg_pool2d(layer.float(), NEIGHBOURHOOD, 1, NEIGHBOURHOOD // 2, count_include_pad=False)
+
+
+def _tempered(grids: Tensor) -> Tensor:
+    """Take signed square roots, then scale each patch to length one.
+
+    The roots keep a few bursting channels from ruling the Euclidean distance; the length is mostly exposure and
+    contrast, which vary between normal images. Both are the usual normalisation of Fisher vectors (Perronnin et al.,
+    ECCV 2010, sections 3.1 and 3.2) and of RootSIFT (Arandjelovic and Zisserman, CVPR 2012).
+    """
+    return functional.normalize(grids.sign() * grids.abs().sqrt(), dim=-1)
 
 
 def _narrowed(grids: Tensor) -> Tensor:
