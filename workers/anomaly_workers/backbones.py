@@ -65,7 +65,7 @@ class Backbone:
         """Return the layers' feature maps, shallow to deep, for a batch (n, h, w, 3) of RGB images of one shape."""
         with torch.inference_mode():
             x = (
-                torch.from_numpy(np.require(pixels, requirements="CW")).to(self.device).permute(0, 3, 1, 2)
+                torch.from_numpy(np.require(pixels, requirements=("C", "W"))).to(self.device).permute(0, 3, 1, 2)
             )  # (n, 3, h, w), channels last in memory
             x = (x.float() - self.mean) * self.scale
             x = self._fitted(x).contiguous(memory_format=torch.channels_last)
