@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from anomaly_workers.errors import ConfigError
-from anomaly_workers.labelstudio import encode, masks
+from anomaly_workers.labelstudio import config, encode, masks
 from anomaly_workers.types import Control, Controls, Detection, Region
 
 CONTROLS = Controls(
@@ -183,3 +183,12 @@ def test_a_hundred_megapixels_stay_bounded(form: object) -> None:
     tracemalloc.stop()
     assert peak < 400_000_000
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(("step", "expected"), [("", 0.6303), ("0.0001", 0.6303), ("0.05", 0.65), ("0.25", 0.75)])
+def test_the_number_is_one_that_submit_accepts(step: str, expected: float) -> None:
+    attribute = f'step="{step}"' if step else ""
+    xml = f'<View><Image name="i" value="$i"/><Number name="n" toName="i" min="0" max="1" {attribute}/></View>'
+    detection = Detection(0.6303, 0.5, np.zeros((4, 4), np.float32), (4, 4))
+    (number,) = encode.prediction(1, detection, [], config.parse(xml), "v")["result"]
+    assert number["value"] == {"number": expected}

@@ -84,12 +84,16 @@ class Control:
         name: the tag's name (`from_name`).
         to_name: the Image tag it belongs to.
         labels: its choice or label values, in document order; empty for Number.
+        step: of a Number: its values are multiples of it, counted from `least`; 0 when any value will do.
+        least: of a Number: its smallest value.
     """
 
     tag: str
     name: str
     to_name: str
     labels: tuple[str, ...] = ()
+    step: float = 0.0
+    least: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

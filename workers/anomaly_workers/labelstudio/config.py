@@ -104,7 +104,7 @@ def _controls(root: ElementTree.Element, images: Mapping[str, str]) -> Iterable[
 
 def _usable(tag: ElementTree.Element, to_name: str) -> _Found | None:
     if tag.tag == "Number":
-        return _Found(Control("Number", tag.get("name", ""), to_name)) if _holds_score(tag) else None
+        return _number(tag, to_name)
     pairs = _labels(tag)
     labels = tuple(result for result, _shown in pairs)
     control = Control(tag.tag, tag.get("name", ""), to_name, labels)
@@ -157,12 +157,15 @@ def _meaning(pair: tuple[str, str]) -> bool | None:
     return words.meaning(pair[0]) if shown is None else shown
 
 
-def _holds_score(tag: ElementTree.Element) -> bool:
-    """Whether a Number tag's own limits let a score in [0, 1] in."""
+def _number(tag: ElementTree.Element, to_name: str) -> _Found | None:
+    """A Number whose limits let a score in [0, 1] in; Label Studio checks a step only where the config has one."""
     try:
-        return float(tag.get("min") or 0) <= 0 and float(tag.get("max") or 1) >= 1
+        least, most, step = (float(tag.get(name) or default) for name, default in (("min", 0), ("max", 1), ("step", 0)))
     except ValueError:
-        return False
+        return None
+    if not (least <= 0 and most >= 1 and 0 <= step <= 1):
+        return None
+    return _Found(Control("Number", tag.get("name", ""), to_name, step=step, least=least))
 
 
 def _best_image(found: list[_Found], images: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomaly_workers.labelstudio import masks
-from anomaly_workers.types import JSON, Controls, Detection, Region
+from anomaly_workers.types import JSON, Control, Controls, Detection, Region
 
 DIGITS = 4
 MIN_MARGIN = 1e-6
@@ -62,9 +62,17 @@ def _number(detection: Detection, controls: Controls) -> list[JSON]:
             "from_name": controls.number.name,
             "to_name": controls.number.to_name,
             "type": "number",
-            "value": {"number": _rounded(detection.score)},
+            "value": {"number": _on_step(detection.score, controls.number)},
         }
     ]
+
+
+def _on_step(score: float, number: Control) -> float:
+    """Return the value nearest to the score that the Number tag accepts: another would make Submit fail."""
+    if not number.step:
+        return _rounded(score)
+    steps = round((score - number.least) / number.step)
+    return round(number.least + steps * number.step, 10)
 
 
 def _region(region: Region, size: tuple[int, int], controls: Controls) -> list[JSON]:

@@ -20,15 +20,24 @@ _DEFAULT = """<View>
       {panel}
     </View>
   </View>
-  <View style="display: flex; gap: 24px; align-items: center; flex-wrap: wrap">
-    <Choices name="verdict" toName="image" choice="single" showInline="true" required="true">
-      <Choice value="normal" hotkey="n"/>
-      <Choice value="anomaly" hotkey="a"/>
-    </Choices>
-    <BrushLabels name="defect" toName="image" showInline="true">
-      <Label value="Anomaly" background="#e5484d" hotkey="d"/>
-    </BrushLabels>
-    <Number name="anomaly_score" toName="image" min="0" max="1" step="0.001" hint="Anomaly score"/>
+  <View style="display: flex; gap: 32px; align-items: flex-start; flex-wrap: wrap">
+    <View>
+      <Header value="Verdict" size="6"/>
+      <Choices name="verdict" toName="image" choice="single" showInline="true" required="true">
+        <Choice value="normal" hotkey="n"/>
+        <Choice value="anomaly" hotkey="a"/>
+      </Choices>
+    </View>
+    <View>
+      <Header value="Defect mask" size="6"/>
+      <BrushLabels name="defect" toName="image" showInline="true">
+        <Label value="Anomaly" background="#e5484d" hotkey="d"/>
+      </BrushLabels>
+    </View>
+    <View>
+      <Header value="Anomaly score (0 to 1)" size="6"/>
+      <Number name="anomaly_score" toName="image" min="0" max="1" step="0.0001"/>
+    </View>
   </View>
 </View>
 """
