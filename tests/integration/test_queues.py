@@ -142,3 +142,15 @@ def test_five_thousand_tasks_are_queued_quickly(queues: Queues, capsys: pytest.C
     with capsys.disabled():
         print(f"\n5,000 tasks queued in {added:.3f} s, found again in {listed:.3f} s")
     assert added < 1.0  # 0.1 s on an idle machine
+
+
+def test_what_somebody_cancelled_is_not_queued_again_by_itself(queues: Queues) -> None:
+    first, second = (
+        queues.enqueue_score(1, "v1", [Task(1, {}), Task(2, {})]),
+        queues.enqueue_score(1, "v1", [Task(3, {})]),
+    )
+    assert queues.given_up(1, "v1") == frozenset()
+    queues.cancel(first[0])
+    assert queues.given_up(1, "v1") == {1, 2}
+    assert queues.busy(1, "v1") == {3}
+    assert second

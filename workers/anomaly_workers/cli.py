@@ -170,13 +170,13 @@ def score(
     settings = _settings()
     store, client, queue = _open(settings, project)
     open_total = sum(1 for _ in client.open_tasks(project))
-    with _bar("scoring") as (bar, job):
-        bar.update(job, total=open_total)
-        while True:
-            missing = _sweep_once(client, store, queue, settings)
-            broken = len(store.failures())
-            bar.update(job, completed=open_total - missing, description=store.target or "fitting the first version")
-            if not wait or (store.current and not store.rollout and missing <= broken):
+    sweep.sweep_project(client, store, queue, settings, again=True)
+    with _bar("scoring") as (bar, shown):
+        bar.update(shown, total=open_total)
+        while wait:
+            missing = sweep.sweep_project(client, store, queue, settings)
+            bar.update(shown, completed=open_total - missing, description=store.target or "fitting the first version")
+            if store.current and not store.rollout and not missing:
                 break
             time.sleep(1.0)
     _print_failures([store])
@@ -301,7 +301,7 @@ def promote(project: ProjectOption, version: Annotated[str, typer.Argument(help=
     store = Store(settings.data_dir).project(project)
     store.roll_out(version)
     queue = Queues(queues.connect(server.ensure(settings)), settings)
-    missing = _sweep_once(Client(store.connection()), store, queue, settings)
+    missing = sweep.sweep_project(Client(store.connection()), store, queue, settings)
     console.print(f"{version}: {missing} open tasks to score before the switch; see ls-anomaly jobs")
 
 
@@ -361,10 +361,6 @@ def _weights(settings: Settings) -> str:
 
     detectors.create(detectors.options(settings, device="cpu"))
     return f"{settings.backbone} loads"
-
-
-def _sweep_once(client: Client, store: ProjectStore, queue: Queues, settings: Settings) -> int:
-    return sweep.sweep_project(client, store, queue, settings)
 
 
 @contextmanager

@@ -117,6 +117,20 @@ class Queues:
         """Return the ids of the tasks in failed and cancelled jobs of `version`, for as long as those are kept."""
         return self._tasks(self._ended("failed", ("interactive", "score")), project, version)
 
+    def given_up(self, project: int, version: str) -> frozenset[int]:
+        """Return the ids of the tasks whose job somebody cancelled, or which cost too many workers.
+
+        Nobody should queue them again by themselves; other failed jobs may be repeated.
+        """
+        ended = self._ended("failed", ("interactive", "score"))
+        stored = zip(ended, self._read(ended, ("status", "reason")), strict=True)
+        final = [
+            job_id
+            for job_id, values in stored
+            if _STATES.get(values["status"]) == "cancelled" or " worker " in f"{values['reason']} "
+        ]
+        return self._tasks(final, project, version)
+
     def fitting(self, project: int) -> bool:
         """Tell whether a fit of the project is queued, running or waiting for another try."""
         keys = (parse_key(job_id) for job_id in self._under_way(("learn",)))

@@ -55,8 +55,17 @@ class TrainingTasks:
     available: int
 
 
-def sweep_project(client: Client, store: ProjectStore, queue: Queues, settings: Settings) -> int:
+def sweep_project(
+    client: Client, store: ProjectStore, queue: Queues, settings: Settings, *, again: bool = False
+) -> int:
     """Queue whatever is missing in one project, finish a rollout, mend doubles; return how many tasks were missing.
+
+    Args:
+        client: the project's Label Studio.
+        store: the project's files.
+        queue: where work is left.
+        settings: the process's settings.
+        again: also try what somebody cancelled, and what failed for good.
 
     Raises:
         LabelStudioError: Label Studio did not answer; the next round tries again.
@@ -68,8 +77,11 @@ def sweep_project(client: Client, store: ProjectStore, queue: Queues, settings: 
         if info.tasks and not queue.fitting(store.id):
             queue.enqueue_fit(store.id, "first")
         return info.tasks
-    due = [task for task in client.open_tasks(store.id, without_version=store.target) if _is_due(store, task, value)]
+    missing = client.open_tasks(store.id, without_version=store.target)
+    due = [task for task in missing if again or _is_due(store, task, value)]
     busy = queue.busy(store.id, store.target)
+    if not again:
+        busy |= queue.given_up(store.id, store.target)
     queue.enqueue_score(store.id, store.target, [task for task in due if task.id not in busy])
     if not due:
         if store.rollout:
