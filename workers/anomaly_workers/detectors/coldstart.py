@@ -13,6 +13,7 @@ from anomaly_workers.detectors.calibration import gumbel_quantile
 from anomaly_workers.detectors.crossfit import folds
 from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.neighbours import nearest, square_norms
+from anomaly_workers.detectors.parallel import each
 from anomaly_workers.types import Progress, no_progress
 
 BANK = 2000
@@ -40,11 +41,12 @@ def trusted(
     """Return the indices of the images to remember as normal; confirmed ones always.
 
     Each image is scored by its distance to patches drawn at random from other folds of the images. Random patches
-    follow density: a defect that few images share is hardly ever drawn, where a coreset would seek it out (the idea of
-    SoftPatch, arXiv 2403.14233: discard by local density before the coreset); where images are so few that it is drawn,
-    the distance is to a farther neighbour, one that a repeated defect does not have. Images far out in the tail of the law
-    that the lower three quarters of the scores follow are left out altogether, so that scoring such an image later
-    does not meet its own patches.
+    follow density: a defect that few images share is hardly ever drawn, where a coreset would seek it out. That is the
+    idea of SoftPatch (arXiv 2403.14233): discard by local density before the coreset. Where images are so few that it is
+    drawn all the same, the distance is to a farther neighbour, one that a repeated defect does not have.
+
+    Images far out in the tail of the law that the lower scores follow are left out altogether, so that scoring such an
+    image later does not meet its own patches.
     """
     count = len(grids)
     if count < SMALLEST or all(confirmed):
@@ -72,28 +74,35 @@ def robust_limit(scores: NDArray[np.float64], *, share: float) -> float:
 
 def _scores(grids: Sequence[Tensor], keep: NDArray[np.bool_], *, seed: int) -> NDArray[np.float64]:
     """Return every image's raw score by kept images of other folds."""
-    scores = np.zeros(len(grids))
-    generator = torch.Generator().manual_seed(seed)
-    for fold in folds(len(grids), seed=seed):
-        others = [i for i in range(len(grids)) if keep[i] and i not in fold]
-        bank = _random_patches([grids[i] for i in others], generator)
+
+    def scored(fold: list[int]) -> list[float]:
+        others = [grids[i] for i in range(len(grids)) if keep[i] and i not in fold]
+        bank = _random_patches(others, torch.Generator().manual_seed(seed))
         norms = square_norms(bank)
-        for index in fold:
-            grid = grids[index]  # (h, w, d)
-            places = grid.shape[0] * grid.shape[1]
-            rank = min(1 + round(SHARED * len(bank) / places), len(bank))  # len(bank) / places: drawn from each place
-            distances = nearest(grid.flatten(0, 1), bank, norms=norms, rank=rank).view(1, *grid.shape[:2])
-            scores[index] = float(raw_scores(distances)[0])
+        return [_score(grids[index], bank, norms) for index in fold]
+
+    scores = np.zeros(len(grids))
+    parts = folds(len(grids), seed=seed)
+    for fold, found in zip(parts, each(scored, parts, device=grids[0].device), strict=True):
+        scores[fold] = found
     return scores
+
+
+def _score(grid: Tensor, bank: Tensor, norms: Tensor) -> float:
+    """Return one image's raw score; the rank grows with how often the bank (m, d) was drawn from each place."""
+    places = grid.shape[0] * grid.shape[1]
+    rank = min(1 + round(SHARED * len(bank) / places), len(bank))
+    distances = nearest(grid.flatten(0, 1), bank, norms=norms, rank=rank)
+    return float(raw_scores(distances.view(1, *grid.shape[:2]))[0])
 
 
 def _random_patches(grids: Sequence[Tensor], generator: torch.Generator) -> Tensor:
     """Draw equally many patches (k, d) of each grid."""
-    each = max(1, BANK // len(grids))
+    share = max(1, BANK // len(grids))
     drawn = []
     for grid in grids:
         rows = grid.flatten(0, 1)
-        drawn.append(rows[torch.randperm(len(rows), generator=generator)[:each].to(rows.device)])
+        drawn.append(rows[torch.randperm(len(rows), generator=generator)[:share].to(rows.device)])
     return torch.cat(drawn)
 
 

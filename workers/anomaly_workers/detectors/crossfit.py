@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from anomaly_workers.detectors.maps import raw_scores
+from anomaly_workers.detectors.parallel import each
 from anomaly_workers.types import Progress, no_progress
 
 if TYPE_CHECKING:
@@ -22,17 +23,19 @@ def held_out_scores(
     kind: type[Memory], grids: Sequence[Tensor], *, seed: int, progress: Progress = no_progress
 ) -> list[float]:
     """Return the raw score of each image (h, w, d) by a memory learnt from other folds; one image scores itself."""
-    if len(grids) == 1:
-        return _scores(kind.learn(grids, seed=seed), grids)
-    scores = [0.0] * len(grids)
-    parts = folds(len(grids), seed=seed)
-    for number, fold in enumerate(parts):
+
+    def scored(fold: list[int]) -> list[float]:
         others = [grid for index, grid in enumerate(grids) if index not in fold]
-        memory = kind.learn(others, seed=seed)
-        for index, score in zip(fold, _scores(memory, [grids[i] for i in fold]), strict=True):
-            scores[index] = score
-        progress((number + 1) / len(parts), "calibrating on held-out images")
-    return scores
+        memory = kind.learn(others or grids, seed=seed)
+        with torch.inference_mode():
+            return [float(raw_scores(memory.distances(grids[index][None]))[0]) for index in fold]
+
+    scores: dict[int, float] = {}
+    parts = folds(len(grids), seed=seed)
+    for fold, found in zip(parts, each(scored, parts, device=grids[0].device), strict=True):
+        scores |= dict(zip(fold, found, strict=True))
+        progress(len(scores) / len(grids), "calibrating on held-out images")
+    return [scores[index] for index in range(len(grids))]
 
 
 def folds(count: int, *, seed: int) -> list[list[int]]:
@@ -40,8 +43,3 @@ def folds(count: int, *, seed: int) -> list[list[int]]:
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     number = min(FOLDS, count)
     return [sorted(order[start::number]) for start in range(number)]
-
-
-def _scores(memory: Memory, grids: Sequence[Tensor]) -> list[float]:
-    with torch.inference_mode():
-        return [float(raw_scores(memory.distances(grid[None]))[0]) for grid in grids]

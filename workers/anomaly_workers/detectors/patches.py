@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomaly_workers.backbones import Backbone
+from anomaly_workers.detectors.parallel import each
 from anomaly_workers.types import Picture, Progress, no_progress
 
-BATCH = 8
-"""Pictures of one shape that go through the network together on a CPU."""
+BATCH = 4
+"""Pictures of one shape that go through the network together: few, so that a CPU's caches hold their features."""
 
 NEIGHBOURHOOD = 3
 """Features are averaged over 3 x 3 cells, PatchCore's choice (arXiv 2106.08265, 4.4.1)."""
@@ -27,19 +28,18 @@ def patch_grids(backbone: Backbone, pictures: Sequence[Picture], *, progress: Pr
 
     h and w are those of the shallowest layer; pictures of one shape share a pass through the network.
     """
-    grids: list[Tensor | None] = [None] * len(pictures)
-    done = 0
-    for indices in _batches(pictures):
-        batch = grid_batch(backbone, np.stack([pictures[i].pixels for i in indices]))
-        for index, grid in zip(indices, batch, strict=True):
-            grids[index] = grid
-        done += len(indices)
-        progress(done / len(pictures), "reading features")
-    return [grid for grid in grids if grid is not None]
+    grids: dict[int, Tensor] = {}
+    batches = same_shapes(pictures)
+    computed = each(lambda batch: grid_batch(backbone, pictures, batch), batches, device=backbone.device)
+    for indices, batch in zip(batches, computed, strict=True):
+        grids |= dict(zip(indices, batch, strict=True))
+        progress(len(grids) / len(pictures), "reading features")
+    return [grids[index] for index in range(len(pictures))]
 
 
-def grid_batch(backbone: Backbone, pixels: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> Tensor:
-    """Return the feature grids (n, h, w, d) of equally shaped images (n, H, W, 3)."""
+def grid_batch(backbone: Backbone, pictures: Sequence[Picture], indices: Sequence[int]) -> Tensor:
+    """Return the feature grids (n, h, w, d) of some equally shaped pictures."""
+    pixels = np.stack([pictures[index].pixels for index in indices])  # (n, H, W, 3)
     with torch.inference_mode():
         layers = [_averaged(layer) for layer in backbone.features(pixels)]
         shape = layers[0].shape[2:]
@@ -51,14 +51,12 @@ def grid_batch(backbone: Backbone, pixels: np.ndarray[tuple[int, ...], np.dtype[
         return _narrowed(_tempered(joined))
 
 
-def _batches(pictures: Sequence[Picture]) -> Iterator[list[int]]:
-    """Yield indices of equally shaped pictures, at most a batch of them at a time."""
+def same_shapes(pictures: Sequence[Picture]) -> list[list[int]]:
+    """Return indices of equally shaped pictures, at most a batch of them together."""
     shapes: dict[tuple[int, ...], list[int]] = {}
     for index, picture in enumerate(pictures):
         shapes.setdefault(picture.pixels.shape, []).append(index)
-    for indices in shapes.values():
-        for start in range(0, len(indices), BATCH):
-            yield indices[start : start + BATCH]
+    return [part[start : start + BATCH] for part in shapes.values() for start in range(0, len(part), BATCH)]
 
 
 def _averaged(layer: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, Self
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from anomaly_workers import backbones
@@ -19,7 +20,8 @@ from anomaly_workers.detectors.calibration import THRESHOLD, Calibration, calibr
 from anomaly_workers.detectors.coldstart import trusted
 from anomaly_workers.detectors.crossfit import held_out_scores
 from anomaly_workers.detectors.maps import raw_maps, raw_scores
-from anomaly_workers.detectors.patches import patch_grids
+from anomaly_workers.detectors.parallel import each
+from anomaly_workers.detectors.patches import grid_batch, patch_grids, same_shapes
 from anomaly_workers.errors import ConfigError, NotFitted, StoreError
 from anomaly_workers.types import Detection, Picture, Progress, no_progress
 
@@ -80,11 +82,18 @@ class PatchwiseDetector(Detector):
         if self._memory is None or self._calibration is None:
             raise NotFitted("This detector has not been fitted. Call fit or load first.")
         memory, calibration = self._memory, self._calibration
-        grids = patch_grids(self.backbone, pictures)
-        return [
-            self._detection(picture, memory.distances(grid[None]), calibration)
-            for picture, grid in zip(pictures, grids, strict=True)
-        ]
+
+        def batch(indices: list[int]) -> list[Detection]:
+            with torch.inference_mode():
+                distances = memory.distances(grid_batch(self.backbone, pictures, indices))  # (n, h, w)
+                some = [pictures[index] for index in indices]
+                return _detections(some, distances, calibration, threshold=self.threshold)
+
+        batches = same_shapes(pictures)
+        found: dict[int, Detection] = {}
+        for indices, detections in zip(batches, each(batch, batches, device=self.backbone.device), strict=True):
+            found |= dict(zip(indices, detections, strict=True))
+        return [found[index] for index in range(len(pictures))]
 
     def save(self, folder: Path) -> None:
         """See `Detector.save`."""
@@ -111,16 +120,18 @@ class PatchwiseDetector(Detector):
         detector._memory, detector._calibration, detector.threshold = memory, calibration, threshold
         return detector
 
-    def _detection(self, picture: Picture, distances: Tensor, calibration: Calibration) -> Detection:
-        """Turn one image's patch distances (1, h, w) into a calibrated score and map."""
-        height, width = picture.pixels.shape[:2]
-        raw_map = raw_maps(distances, (height, width))[0]
-        return Detection(
-            score=calibration.score(float(raw_scores(distances)[0])),
-            threshold=self.threshold,
-            anomaly_map=calibration(raw_map.cpu().numpy()),
-            size=picture.size,
-        )
+
+def _detections(
+    pictures: Sequence[Picture], distances: Tensor, calibration: Calibration, *, threshold: float
+) -> list[Detection]:
+    """Turn the patch distances (n, h, w) of equally shaped pictures into calibrated scores and maps."""
+    height, width = pictures[0].pixels.shape[:2]
+    maps = calibration(raw_maps(distances, (height, width)).cpu().numpy())  # (n, height, width)
+    scores = [calibration.score(raw) for raw in raw_scores(distances).tolist()]
+    return [
+        Detection(score=score, threshold=threshold, anomaly_map=anomaly_map, size=picture.size)
+        for picture, score, anomaly_map in zip(pictures, scores, maps, strict=True)
+    ]
 
 
 def saved_name(folder: Path) -> str:
