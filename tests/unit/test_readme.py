@@ -38,7 +38,7 @@ def test_every_variable_in_the_readme_exists() -> None:
 
 def test_every_make_target_in_the_readme_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"make ([a-z-]+)", README)):
+    for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.M)):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
 
 
@@ -56,5 +56,6 @@ def test_every_linked_file_exists() -> None:
 def test_every_module_in_the_readme_exists() -> None:
     section = README.split("## Where things are")[1].split("\n## ")[0]
     for name in re.findall(r"`([a-z_]+)/?`", section):
-        places = [*ROOT.glob(f"*/anomaly_*/{name}.py"), *ROOT.glob(f"*/anomaly_*/{name}"), *ROOT.glob(f"tests/{name}")]
+        patterns = (name, f"*/anomaly_*/{name}.py", f"*/anomaly_*/{name}", f"tests/{name}")
+        places = [place for pattern in patterns for place in ROOT.glob(pattern)]
         assert places, name
