@@ -324,7 +324,7 @@ def _settings(**overrides: Any) -> Settings:
     logging.basicConfig(
         level=settings.log_level, format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)]
     )
-    for noisy in ("httpx", "httpcore", "rq.worker"):
+    for noisy in ("httpx", "httpcore", "rq.worker", "timm"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return settings
 

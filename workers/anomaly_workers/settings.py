@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def to_environ(settings: Settings) -> dict[str, str]:
 def _field_of(variable: str) -> str:
     name = variable.removeprefix(PREFIX).lower()
     if name not in Settings.model_fields:
-        known = ", ".join(sorted(PREFIX + field.upper() for field in Settings.model_fields))
-        raise ConfigError(f"{variable} is not a setting. Remove it, or use one of: {known}.")
+        near = get_close_matches(name, Settings.model_fields, n=1, cutoff=0.0)[0]
+        raise ConfigError(
+            f"{variable} is not a setting. Did you mean {PREFIX}{near.upper()}? The README lists all; remove what is not."
+        )
     return name

@@ -188,7 +188,7 @@ class ProjectStore:
         """
         path = self.version_folder(version) / "card.json"
         if not path.exists():
-            raise StoreError(f"Project {self.id} has no version {version!r}. See: ls-anomaly versions {self.id}")
+            raise StoreError(f"Project {self.id} has no version {version!r}. See: ls-anomaly versions -p {self.id}")
         return _read_json(path)
 
     def version_folder(self, version: str) -> Path:

@@ -314,7 +314,8 @@ def main(arguments: list[str] | None = None) -> None:
         lifeline.follow(options.parent)
     settings = load_settings()
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line a request, with its whole query
+    for chatty in ("httpx", "timm"):  # a line a request with its whole query; a line a model
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     from anomaly_workers import jobs  # here, so that a worker of other jobs can do without torch
 
     try:
