@@ -50,6 +50,8 @@ class Dispatcher:
         """Return what Label Studio already took, `[]` for the rest, which is queued before all other work."""
         count(self.queues.connection, "predict_requests")
         project = self._project(request.project)
+        if project.is_connected:
+            project.keep_label_config(request.label_config)
         if request.context:
             answer = interactive.answer(project, request.tasks, request.context)
             return [answer or NOT_READY for _ in request.tasks]

@@ -105,6 +105,6 @@ def _field_of(variable: str) -> str:
     if name not in Settings.model_fields:
         near = get_close_matches(name, Settings.model_fields, n=1, cutoff=0.0)[0]
         raise ConfigError(
-            f"{variable} is not a setting. Did you mean {PREFIX}{near.upper()}? The README lists all; remove what is not."
+            f"{variable} is not a setting. Did you mean {PREFIX}{near.upper()}? The README lists them all."
         )
     return name
