@@ -224,5 +224,6 @@ def test_a_click_returns_the_defect_around_it(front: FrontEnd, recorded: Recorde
         "value": {"x": 75.0, "y": 18.0, "width": 0.3, "keypointlabels": ["Defect"]},
     }
     body["params"]["context"] = {"result": [click]}
+    body["label_config"] = CONFIG
     (answer,) = front.post("/predict", body).json["results"]  # type: ignore[index]
     assert [region["from_name"] for region in answer["result"]] == ["mask"]

@@ -42,8 +42,8 @@ def trusted(
 
     Each image is scored by its distance to patches drawn at random from other folds of the images. Random patches
     follow density: a defect that few images share is hardly ever drawn, where a coreset would seek it out. That is the
-    idea of SoftPatch (arXiv 2403.14233): discard by local density before the coreset. Where images are so few that it is
-    drawn all the same, the distance is to a farther neighbour, one that a repeated defect does not have.
+    idea of SoftPatch (arXiv 2403.14233): discard by local density before the coreset. Where images are so few that it
+    is drawn all the same, the distance is to a farther neighbour, one that a repeated defect does not have.
 
     Images far out in the tail of the law that the lower scores follow are left out altogether, so that scoring such an
     image later does not meet its own patches.

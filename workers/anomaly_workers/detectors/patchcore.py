@@ -20,8 +20,9 @@ SHARE = 0.01
 FEWEST, MOST = 1000, 8000
 """Bounds on the bank: a handful of images is remembered nearly whole, thousands still search fast."""
 
-OVERSAMPLING = 10
-"""The coreset is chosen among this many times its size, sampled at random: time grows with the bank squared only."""
+CANDIDATES = 400_000
+"""Patches the coreset is chosen among, sampled at random where there are more: 400 images of 256 x 256 pixels have them
+all. Rare normal patches decide how well the bank covers; choosing among a tenth of all cost 0.01 of AUROC."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ class Bank:
         """Choose a coreset of all patches of the grids (h, w, d)."""
         rows = torch.cat([grid.flatten(0, 1) for grid in grids])  # (n, d)
         count = min(max(int(SHARE * len(rows)), FEWEST), MOST, len(rows))
-        chosen = greedy_coreset(rows, count, seed=seed, candidates=OVERSAMPLING * count, progress=progress)
+        chosen = greedy_coreset(rows, count, seed=seed, candidates=CANDIDATES, progress=progress)
         patches = rows[chosen]
         return cls(patches, square_norms(patches))
 
