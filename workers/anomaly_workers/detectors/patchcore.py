@@ -14,8 +14,9 @@ from anomaly_workers.detectors.neighbours import nearest, square_norms
 from anomaly_workers.detectors.patchwise import PatchwiseDetector
 from anomaly_workers.types import Progress, no_progress
 
-SHARE = 0.01
-"""Share of all patches that the bank holds, PatchCore's smallest setting: within 0.1 points of the largest there."""
+SHARE = 0.02
+"""Share of all patches that the bank holds. PatchCore's smallest setting is 1 %; twice that gained 0.002 of AUROC on
+held-out train/good against pool, more did not."""
 
 FEWEST, MOST = 1000, 8000
 """Bounds on the bank: a handful of images is remembered nearly whole, thousands still search fast."""
