@@ -22,7 +22,7 @@ def respond(project: ProjectStore, source: str) -> Response:
         response = Response(placeholder(_reason(project, source)), mimetype="image/png")
         response.headers["Cache-Control"] = "no-store"
     else:
-        response = Response(path.read_bytes(), mimetype="image/jpeg")
+        response = Response(path.read_bytes(), mimetype="image/png")
         response.headers["Cache-Control"] = "no-cache"
         response.add_etag()
         response.make_conditional(request)

@@ -185,10 +185,10 @@ def test_a_webhook_with_5000_tasks_is_answered_at_once(front: FrontEnd, recorded
 
 def test_a_heatmap_is_served_to_whoever_has_its_address(front: FrontEnd) -> None:
     store, version = front.with_version(3)
-    store.keep_heatmap(version, "/data/upload/3/a b.jpg", b"\xff\xd8picture")
+    store.keep_heatmap(version, "/data/upload/3/a b.jpg", b"\x89PNGpicture")
     token = front.dispatcher.store.heatmap_token(3)
     answer = front.client.get(f"/heatmap/3/{token}?src=/data/upload/3/a%20b.jpg")
-    assert answer.data == b"\xff\xd8picture"
+    assert answer.data == b"\x89PNGpicture"
     assert answer.headers["Access-Control-Allow-Origin"] == "*"
     assert front.client.get("/heatmap/3/guess?src=/data/upload/3/a%20b.jpg").status_code == 404
 

@@ -9,7 +9,7 @@
                                /history.jsonl     every deployment, appended
                                /versions/<version>/card.json, detector.json, detector.safetensors
                                /records/<version>/<task // 1000>/<task>.json, <task>.png (16-bit anomaly map)
-                               /heatmaps/<version>/<key[:2]>/<key>.jpg
+                               /heatmaps/<version>/<key[:2]>/<key>.png
                                /failures/<task>.json
 
 Every write goes to a temporary name first and is renamed, so that a reader sees the old file or the new one.
@@ -339,7 +339,7 @@ class ProjectStore:
 
     def _heatmap(self, version: str, image: str) -> Path:
         key = image_key(image)
-        return self.folder / "heatmaps" / _safe(version) / key[:2] / f"{key}.jpg"
+        return self.folder / "heatmaps" / _safe(version) / key[:2] / f"{key}.png"
 
 
 def image_key(value: str) -> str:
