@@ -52,6 +52,7 @@ def test_a_scored_image_has_a_heatmap_and_a_stranger_does_not(product: Product, 
     address = heatmap_address(product.settings, scored.id)
     answer = httpx.get(f"{address}?src={task.data['image']}")
     assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["cache-control"] == "no-cache", "not the picture that says it is pending"
     assert Image.open(io.BytesIO(answer.content)).size[0] >= 128
     assert httpx.get(address[:-1] + "0?src=/x").status_code in (200, 404)
     assert httpx.get(address[:-8] + "deadbeef?src=/x").status_code == 404
