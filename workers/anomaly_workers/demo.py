@@ -80,7 +80,7 @@ def run(
         {},
         data_dir=folder.resolve() / "anomaly",
         port=free_port(9090),
-        sweep_seconds=2.0,
+        sweep_seconds=5.0,
         settle_seconds=1.0,
         log_level="WARNING",
     )
@@ -246,9 +246,13 @@ def wait_until_scored(
 
 
 def _missing(client: Client, store: ProjectStore, total: int) -> int:
+    """How many open tasks wait; Label Studio is asked only at the end, because its answers take a core of the machine."""
     if not store.target:
         return total
     failing = store.failing()
+    waiting = total - len(failing) - store.pushed(store.target)
+    if waiting > 0:
+        return waiting
     return sum(task.id not in failing for task in client.open_tasks(store.id, without_version=store.target))
 
 

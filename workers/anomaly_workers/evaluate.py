@@ -23,7 +23,7 @@ from anomaly_workers.types import Detection, Picture
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 """Files taken for images."""
 
-BATCH = 16
+BATCH = 32
 """Images decoded while the network works on as many others."""
 
 Figures = dict[str, float | None]
