@@ -246,7 +246,7 @@ def wait_until_scored(
 
 
 def _missing(client: Client, store: ProjectStore, total: int) -> int:
-    """How many open tasks wait; Label Studio is asked only at the end, because its answers take a core of the machine."""
+    """How many open tasks wait; Label Studio is asked at the end alone: its answers take a core of the machine."""
     if not store.target:
         return total
     failing = store.failing()
