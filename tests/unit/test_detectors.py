@@ -215,6 +215,20 @@ def test_confirmed_pictures_are_never_left_out(normals: Pictures) -> None:
     assert trusted(grids, [False] * 12 + [True], seed=0)[-1] == 12
 
 
+def test_an_unlabelled_picture_does_not_vouch_for_itself(normals: Pictures, tmp_path: Path) -> None:
+    odd = surface(99, defect=True)
+    unlabelled, confirmed = (detectors.create(Options(image_size=96)) for _ in range(2))
+
+    unlabelled.fit([*normals[:3], odd])  # too few to leave any out
+    confirmed.fit([*normals[:3], odd], confirmed=[True] * 4)
+
+    unlabelled.save(tmp_path)
+    (alone,), (loaded,) = unlabelled.predict([odd]), detectors.load(tmp_path).predict([odd])
+    assert alone.score == pytest.approx(loaded.score, abs=1e-5)
+    assert alone.score > unlabelled.predict([normals[0]])[0].score
+    assert confirmed.predict([odd])[0].score < 0.2 < alone.score
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ConfigError, match="patchcore"):
         detectors.create(Options(detector="magic"))

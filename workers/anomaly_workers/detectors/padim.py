@@ -50,8 +50,11 @@ class Gaussians:
             progress((row + 1) / shape[0], "fitting Gaussians")
         return cls(mean, whitening, chosen)
 
-    def distances(self, grids: Tensor) -> Tensor:
-        """Return each patch's Mahalanobis distance (n, h, w) to the normal patches of its place."""
+    def distances(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        """Return each patch's Mahalanobis distance (n, h, w) to the normal patches of its place.
+
+        One image among many moves a Gaussian little and cannot be taken out again: `without` is not used.
+        """
         shape = (self.mean.shape[0], self.mean.shape[1])
         centred = _regridded(grids[..., self.chosen], shape) - self.mean  # (n, h, w, k)
         places = centred.flatten(1, 2).permute(1, 2, 0)  # (h * w, k, n)

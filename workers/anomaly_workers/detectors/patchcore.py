@@ -33,10 +33,12 @@ class Bank:
     Attributes:
         patches: (m, d).
         norms: (m,) squared norms of the patches.
+        sources: (m,) the learnt grid that each patch is from.
     """
 
     patches: Tensor
     norms: Tensor
+    sources: Tensor
 
     @classmethod
     def learn(cls, grids: Sequence[Tensor], *, seed: int, progress: Progress = no_progress) -> Self:
@@ -45,20 +47,33 @@ class Bank:
         count = min(max(int(SHARE * len(rows)), FEWEST), MOST, len(rows))
         chosen = greedy_coreset(rows, count, seed=seed, candidates=CANDIDATES, progress=progress)
         patches = rows[chosen]
-        return cls(patches, square_norms(patches))
+        counts = torch.tensor([grid.shape[0] * grid.shape[1] for grid in grids], device=rows.device)
+        sources = torch.repeat_interleave(torch.arange(len(grids), device=rows.device), counts)[chosen]
+        return cls(patches, square_norms(patches), sources)
 
-    def distances(self, grids: Tensor) -> Tensor:
-        """Return each patch's distance (n, h, w) to the nearest of the bank."""
-        return nearest(grids.flatten(0, 2), self.patches, norms=self.norms).view(grids.shape[:3])
+    def distances(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        """Return each patch's distance (n, h, w) to the nearest of the bank, less what is from the grids `without`."""
+        if not any(without):
+            return nearest(grids.flatten(0, 2), self.patches, norms=self.norms).view(grids.shape[:3])
+        found = [
+            nearest(grid.flatten(0, 1), self.patches, norms=self._norms_without(left_out))
+            for grid, left_out in zip(grids, without, strict=True)
+        ]
+        return torch.stack(found).view(grids.shape[:3])
+
+    def _norms_without(self, left_out: tuple[int, ...]) -> Tensor:
+        """Move the patches of some grids infinitely far away, unless there are no others."""
+        gone = torch.isin(self.sources, torch.tensor(left_out, dtype=self.sources.dtype, device=self.sources.device))
+        return self.norms if bool(gone.all()) else self.norms.masked_fill(gone, float("inf"))
 
     def state(self) -> dict[str, Tensor]:
-        """Return the bank's tensor."""
-        return {"patches": self.patches}
+        """Return the bank's tensors."""
+        return {"patches": self.patches, "sources": self.sources}
 
     @classmethod
     def restore(cls, state: dict[str, Tensor]) -> Self:
         """Rebuild from `state`."""
-        return cls(state["patches"], square_norms(state["patches"]))
+        return cls(state["patches"], square_norms(state["patches"]), state["sources"])
 
 
 class PatchCore(PatchwiseDetector):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -23,7 +24,7 @@ from anomaly_workers.detectors.maps import raw_maps, raw_scores
 from anomaly_workers.detectors.parallel import each
 from anomaly_workers.detectors.patches import grid_batch, patch_grids, same_shapes
 from anomaly_workers.errors import ConfigError, NotFitted, StoreError
-from anomaly_workers.types import Detection, Picture, Progress, no_progress
+from anomaly_workers.types import JSON, Detection, Picture, Progress, no_progress
 
 TENSORS = "detector.safetensors"
 CARD = "detector.json"
@@ -36,8 +37,11 @@ class Memory(Protocol):
     def learn(cls, grids: Sequence[Tensor], *, seed: int, progress: Progress = no_progress) -> Self:
         """Remember grids (h, w, d), not all of one shape."""
 
-    def distances(self, grids: Tensor) -> Tensor:
-        """Return how far each patch of (n, h, w, d) is from normal, as (n, h, w)."""
+    def distances(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        """Return how far each patch of (n, h, w, d) is from normal, as (n, h, w).
+
+        `without` names, for each of the n, the learnt grids that must not speak for it, where the method can tell.
+        """
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that `restore` needs."""
@@ -61,12 +65,17 @@ class PatchwiseDetector(Detector):
         self.threshold = THRESHOLD
         self.backbone = _backbone(options)
         self._memory: Memory | None = None
+        self._unconfirmed: dict[str, tuple[int, ...]] = {}  # fingerprint -> places among the learnt grids
         self._calibration: Calibration | None = None
 
     def fit(
         self, pictures: Sequence[Picture], *, confirmed: Sequence[bool] = (), progress: Progress = no_progress
     ) -> None:
-        """See `Detector.fit`; suspicious unconfirmed pictures are left out as `coldstart.trusted` says."""
+        """See `Detector.fit`.
+
+        Suspicious unconfirmed pictures are left out as `coldstart.trusted` says. The others are remembered by a
+        fingerprint: when such a picture is scored later, its own patches do not speak for it.
+        """
         flags = _flags(pictures, confirmed)
         grids = patch_grids(self.backbone, pictures, progress=_part(progress, 0.0, 0.5))
         seed = self.options.seed
@@ -75,6 +84,8 @@ class PatchwiseDetector(Detector):
         scores = held_out_scores(self.memory_type, normal, seed=seed, progress=_part(progress, 0.6, 0.8))
         self._memory = self.memory_type.learn(normal, seed=seed, progress=_part(progress, 0.8, 1.0))
         self._calibration = calibrate(scores, target_fpr=self.options.target_fpr)
+        unconfirmed = [(place, pictures[i]) for place, i in enumerate(kept) if not flags[i]]
+        self._unconfirmed = _places(unconfirmed)
         progress(1.0, "fitted")
 
     def predict(self, pictures: Sequence[Picture]) -> list[Detection]:
@@ -85,8 +96,9 @@ class PatchwiseDetector(Detector):
 
         def batch(indices: list[int]) -> list[Detection]:
             with torch.inference_mode():
-                distances = memory.distances(grid_batch(self.backbone, pictures, indices))  # (n, h, w)
                 some = [pictures[index] for index in indices]
+                own = [self._unconfirmed.get(fingerprint(picture), ()) for picture in some]
+                distances = memory.distances(grid_batch(self.backbone, pictures, indices), without=own)  # (n, h, w)
                 return _detections(some, distances, calibration, threshold=self.threshold)
 
         batches = same_shapes(pictures)
@@ -102,7 +114,8 @@ class PatchwiseDetector(Detector):
         state = {name: tensor.cpu().contiguous() for name, tensor in self._memory.state().items()}
         safetensors.torch.save_file(state, folder / TENSORS)
         options = {**asdict(self.options), "device": "cpu"}
-        card = {"options": options, "calibration": asdict(self._calibration), "threshold": self.threshold}
+        card: JSON = {"options": options, "calibration": asdict(self._calibration), "threshold": self.threshold}
+        card["unconfirmed"] = self._unconfirmed
         (folder / CARD).write_text(json.dumps(card, indent=1))
 
     @classmethod
@@ -114,10 +127,12 @@ class PatchwiseDetector(Detector):
             calibration, threshold = Calibration(**card["calibration"]), float(card["threshold"])
             state = safetensors.torch.load_file(folder / TENSORS, device=device)
             memory = cls.memory_type.restore(state)
-        except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+            unconfirmed = {str(key): tuple(places) for key, places in card["unconfirmed"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             raise StoreError(f"The model in {folder} is missing or damaged ({error}). Fit it again.") from error
         detector = cls(options)
         detector._memory, detector._calibration, detector.threshold = memory, calibration, threshold
+        detector._unconfirmed = unconfirmed
         return detector
 
 
@@ -132,6 +147,20 @@ def _detections(
         Detection(score=score, threshold=threshold, anomaly_map=anomaly_map, size=picture.size)
         for picture, score, anomaly_map in zip(pictures, scores, maps, strict=True)
     ]
+
+
+def fingerprint(picture: Picture) -> str:
+    """Return a digest of a picture's pixels."""
+    return hashlib.blake2b(picture.pixels.tobytes(), digest_size=10).hexdigest()
+
+
+def _places(pictures: Sequence[tuple[int, Picture]]) -> dict[str, tuple[int, ...]]:
+    """Return the places of each fingerprint; a picture uploaded twice has two."""
+    places: dict[str, tuple[int, ...]] = {}
+    for place, picture in pictures:
+        key = fingerprint(picture)
+        places[key] = (*places.get(key, ()), place)
+    return places
 
 
 def saved_name(folder: Path) -> str:
