@@ -285,9 +285,27 @@ def _bars(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=True)
 
 
+_SHOWN = {
+    "image_auroc": "AUROC",
+    "image_ap": "AP",
+    "image_f1_max": "F1",
+    "pixel_auroc": "pixel",
+    "aupro": "AUPRO",
+    "fpr_at_threshold": "FPR",
+    "recall_at_threshold": "recall",
+    "fit_s": "fit s",
+    "images_per_s": "img/s",
+}
+"""What the table shows, under names short enough for a terminal of 80 columns."""
+
+
 def _table(figures: dict[str, Figures]) -> Table:
-    table = Table("class", *(column.replace("_", " ") for column in COLUMNS))
+    table = Table("class", *_SHOWN.values(), padding=(0, 0))
     for name, row in figures.items():
-        cells = ["-" if (value := row[column]) is None else f"{value:.3f}" for column in COLUMNS]
+        cells = ["-" if (value := row[column]) is None else _shown(column, value) for column in _SHOWN]
         table.add_row(name, *cells, style="bold" if name == "mean" else "")
     return table
+
+
+def _shown(column: str, value: float) -> str:
+    return f"{value:.1f}" if column in {"fit_s", "images_per_s"} else f"{value:.3f}"
