@@ -26,6 +26,10 @@ ATTEMPTS = 6
 IMPORT_ATTEMPTS = 3
 PAUSE_SECONDS = 0.25  # doubles with every attempt
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
+ANNOTATED_FIELDS = (  # of the task, then of its annotations
+    "id,data,annotations,"
+    "result,was_cancelled,completed_by,created_at,updated_at,ground_truth,lead_time,parent_prediction"
+)
 DROPPED = "Label Studio dropped it: its names or labels are not in the label config, or its score is not in [0, 1]."
 
 Query = Mapping[str, str | int]
@@ -50,10 +54,18 @@ class Project:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """A task with the annotations people submitted, skips left out."""
+    """A task with its annotations; who lists them says whether skips are among them."""
 
     task: Task
     annotations: tuple[JSON, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """Which task an annotation belongs to, and the ISO time of its last change."""
+
+    task: int
+    updated_at: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +200,7 @@ class Client:
         return self._tasks(project, [])
 
     def annotated_tasks(self, project: int, *, since: str = "") -> Iterator[Annotated]:
-        """Yield tasks with their submitted annotations, by task id.
+        """Yield tasks with their submitted annotations, skips left out, by task id.
 
         Args:
             project: project id.
@@ -197,10 +209,36 @@ class Client:
         filters = [_filter("total_annotations", "greater", "Number", 0)]
         if since:
             filters.append(_filter("updated_at", "greater", "Datetime", since))
-        inner = "result,was_cancelled,completed_by,created_at,updated_at,ground_truth,lead_time,parent_prediction"
-        for item in self._pages(project, filters, fields=f"id,data,annotations,{inner}", everything=True):
+        for item in self._pages(project, filters, fields=ANNOTATED_FIELDS, everything=True):
             kept = tuple(one for one in item.get("annotations", ()) if not one.get("was_cancelled"))
             yield Annotated(_task(item), kept)
+
+    def annotations(self, project: int, tasks: Sequence[int]) -> Iterator[Annotated]:
+        """Yield those of `tasks` that exist with all their annotations, skips included."""
+        for chunk in _chunks(tasks) if tasks else ():
+            for item in self._pages(project, [], fields=ANNOTATED_FIELDS, everything=True, only=chunk, size=100):
+                yield Annotated(_task(item), tuple(item.get("annotations", ())))
+
+    def annotation_stamps(self, project: int, *, since: str = "") -> dict[int, Stamp]:
+        """Return the stamp of every annotation by its id, skips included; masks stay in Label Studio.
+
+        Args:
+            project: project id.
+            since: an ISO time: only annotations of tasks that changed after it.
+        """
+        changed = [_filter("updated_at", "greater", "Datetime", since)] if since else []
+        found: dict[int, Stamp] = {}
+        for counter in ("cancelled_annotations", "total_annotations"):
+            filters = [_filter(counter, "greater", "Number", 0), *changed]
+            for item in self._pages(project, filters, fields="id,annotations,updated_at", everything=True):
+                for one in item.get("annotations", ()):
+                    found[int(one["id"])] = Stamp(int(item["id"]), str(one["updated_at"]))
+        return found
+
+    def annotation_count(self, project: int) -> int:
+        """Return how many annotations a project has, skips included."""
+        answer = self._get(f"/api/projects/{project}/")
+        return int(answer["total_annotations_number"]) + int(answer["skipped_annotations_number"])
 
     def import_tasks(self, project: int, tasks: Sequence[JSON]) -> list[int]:
         """Create tasks from `{"data": …, "annotations": […]}` and return their ids in order."""

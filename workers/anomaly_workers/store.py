@@ -11,6 +11,7 @@
                                /records/<version>/<task // 1000>/<task>.json, <task>.png (16-bit anomaly map)
                                /heatmaps/<version>/<key[:2]>/<key>.png
                                /failures/<task>.json
+                               /feedback/log.jsonl, masks/<digest>.png, lock
 
 Every write goes to a temporary name first and is renamed, so that a reader sees the old file or the new one.
 """
