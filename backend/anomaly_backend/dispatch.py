@@ -70,6 +70,8 @@ class Dispatcher:
         project.keep_label_config(event.label_config)
         if event.action == "TASKS_CREATED":
             return {"jobs": self._queue(project, event.tasks)}
+        if event.action.startswith("ANNOTATION"):
+            return {"job": self.queues.enqueue_feedback(project.id)}
         if event.action == "START_TRAINING":
             return {"job": self.queues.enqueue_fit(project.id, "training")}
         if event.action == "TASKS_DELETED":

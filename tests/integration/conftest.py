@@ -71,7 +71,9 @@ def supervise(redis_url: str, home: Settings) -> Iterator[Callable[..., Supervis
 
     def start(workers: int = 1, **changes: object) -> Supervisor:
         settings = home.model_copy(update=changes)
-        supervisor = Supervisor(settings, redis_url, workers, worker_command=SAMPLE_WORKER, sweep_command=None)
+        supervisor = Supervisor(
+            settings, redis_url, workers, worker_command=SAMPLE_WORKER, learner_command=None, sweep_command=None
+        )
         supervisor.start()
         started.append(supervisor)
         return supervisor

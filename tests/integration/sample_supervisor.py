@@ -13,4 +13,12 @@ if __name__ == "__main__":
     logging.basicConfig(level="WARNING", format="%(asctime)s %(message)s")
     settings = load_settings()
     command = (sys.executable, str(Path(__file__).with_name("sample_worker.py")))
-    Supervisor(settings, settings.redis_url, int(sys.argv[1]), worker_command=command, sweep_command=None).run_forever()
+    supervisor = Supervisor(
+        settings,
+        settings.redis_url,
+        int(sys.argv[1]),
+        worker_command=command,
+        learner_command=None,
+        sweep_command=None,
+    )
+    supervisor.run_forever()

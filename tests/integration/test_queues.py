@@ -154,3 +154,14 @@ def test_what_somebody_cancelled_is_not_queued_again_by_itself(queues: Queues) -
     assert queues.given_up(1, "v1") == {1, 2}
     assert queues.busy(1, "v1") == {3}
     assert second
+
+
+def test_a_fit_that_failed_is_remembered_for_a_while(queues: Queues) -> None:
+    fit = queues.enqueue_fit(1, "first")
+    assert not queues.gave_up_fitting(1, within=600)
+    queues.cancel(fit)
+    assert queues.gave_up_fitting(1, within=600)
+    assert not queues.gave_up_fitting(2, within=600)
+    assert not queues.gave_up_fitting(1, within=0)
+    queues.enqueue_fit(1, "first")
+    assert not queues.gave_up_fitting(1, within=600), "somebody asked for it again"

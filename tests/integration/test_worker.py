@@ -52,7 +52,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     home = load_settings({}, data_dir=tmp_path_factory.mktemp("bench"), job_timeout=60, log_level="WARNING")
     url = server.ensure(home)
     settings = home.model_copy(update={"redis_url": url})
-    supervisor = Supervisor(settings, url, 1, worker_command=SAMPLE_WORKER, sweep_command=None)
+    supervisor = Supervisor(settings, url, 1, worker_command=SAMPLE_WORKER, learner_command=None, sweep_command=None)
     supervisor.start()
     with connect(url) as connection:
         yield Bench(settings, connection, Queues(connection, settings), Events(home.data_dir), count())

@@ -37,7 +37,7 @@ BANNED = "LABEL_STUDIO_USER_ADDITIONAL_BANNED_SUBNETS"
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # Fixed by the images or meaningless inside them.
-NOT_PASSED_ON = {"data_dir", "host", "port", "device", "local_files_root"}
+NOT_PASSED_ON = {"data_dir", "host", "port", "device", "local_files_root", "uploads_root"}
 
 
 @pytest.fixture(scope="module")

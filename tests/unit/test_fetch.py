@@ -373,6 +373,21 @@ def test_local_files_elsewhere_come_from_label_studio(fetcher: Make, label_studi
     assert label_studio.asked == [("/data/local-files/?d=a.png", f"Token {TOKEN}")]
 
 
+def test_uploads_are_read_from_the_shared_folder(fetcher: Make, label_studio: Server, tmp_path: Path) -> None:
+    one = fetcher(uploads_root=str(tmp_path))
+    own, other = 1, 2
+    for project in (own, other):
+        (tmp_path / str(project)).mkdir()
+        (tmp_path / f"{project}/1a-im 0.png").write_bytes(b"here")
+    assert one.fetch(f"/data/upload/{own}/1a-im%200.png", task_id=1) == b"here"
+    assert label_studio.asked == []
+    with pytest.raises(ImageError, match="outside"):
+        one.fetch(f"/data/upload/{own}/../{other}/1a-im 0.png", task_id=1)
+    assert one.fetch(f"/data/upload/{own}/gone.png", task_id=1) == IMAGE
+    assert one.fetch(f"/data/upload/{other}/1a-im%200.png", task_id=1) == IMAGE, "Label Studio decides who may see it"
+    assert len(label_studio.asked) == 2
+
+
 def test_without_a_label_studio_only_addresses_work() -> None:
     with Fetcher(None, load_settings({})) as alone:
         with pytest.raises(ImageError, match="Connect"):

@@ -13,7 +13,7 @@ from anomaly_workers.labelstudio import config
 from anomaly_workers.queues import JOBS
 from anomaly_workers.settings import load_settings
 
-ENQUEUED = {"score": {"project", "version", "tasks"}, "fit": {"project", "run"}}
+ENQUEUED = {"score": {"project", "version", "tasks"}, "fit": {"project", "run"}, "feedback": {"project"}}
 CONFIG = """<View><Image name="i" value="$i"/><Choices name="v" toName="i"><Choice value="normal"/>
 <Choice value="anomaly"/></Choices></View>"""
 

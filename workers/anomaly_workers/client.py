@@ -199,6 +199,11 @@ class Client:
         """Yield every task with raw data, by id."""
         return self._tasks(project, [])
 
+    def tasks(self, project: int, tasks: Sequence[int]) -> list[Task]:
+        """Return those of `tasks` that exist, with raw data, by id."""
+        pages = (self._pages(project, [], fields="id,data", only=chunk) for chunk in _chunks(tasks) if chunk)
+        return [_task(item) for page in pages for item in page]
+
     def annotated_tasks(self, project: int, *, since: str = "") -> Iterator[Annotated]:
         """Yield tasks with their submitted annotations, skips left out, by task id.
 

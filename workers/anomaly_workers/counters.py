@@ -13,6 +13,7 @@ COUNTERS = {
     "predictions_pushed": "Predictions that Label Studio took.",
     "scoring_seconds": "Seconds workers spent on fetching, scoring and pushing.",
     "fits": "Detectors fitted.",
+    "verdicts": "Annotations read into the feedback log.",
     "webhooks": "Webhooks received.",
     "predict_requests": "Requests to /predict.",
     "sweeps": "Rounds that looked for missed work.",

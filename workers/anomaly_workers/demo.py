@@ -80,6 +80,7 @@ def run(
         {},
         data_dir=folder.resolve() / "anomaly",
         port=free_port(9090),
+        uploads_root=str(folder.resolve() / "label-studio" / instance.UPLOADS),
         sweep_seconds=5.0,
         settle_seconds=1.0,
         log_level="WARNING",

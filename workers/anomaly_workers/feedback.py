@@ -15,7 +15,7 @@ import json
 import os
 import secrets
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -164,15 +164,17 @@ class FeedbackLog:
         """Return the newest entry of every annotation that still exists, skips included, by annotation id."""
         return _living(self.entries())
 
-    def examples(self) -> list[Example]:
-        """Return what the annotators of each task say together, by task; tasks that everybody skipped are left out.
+    def examples(self, tasks: Collection[int] | None = None) -> list[Example]:
+        """Return what the annotators of each task, or of each of `tasks`, say together, by task.
+
+        Tasks that everybody skipped are left out.
 
         Raises:
             StoreError: the log or a mask is damaged.
         """
         by_task: dict[int, list[Entry]] = defaultdict(list)
         for entry in self.current().values():
-            if entry.kind != "skipped":
+            if entry.kind != "skipped" and (tasks is None or entry.task in tasks):
                 by_task[entry.task].append(entry)
         return [self._example(by_task[task]) for task in sorted(by_task)]
 

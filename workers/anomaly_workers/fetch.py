@@ -28,6 +28,7 @@ CONNECTIONS = 16
 CLOUD_SCHEMES = frozenset({"s3", "s3s", "gs", "azure-blob", "azure_spi", "azure", "redis", "databricks", "dbfs"})
 FILE_PATHS = ("/data/", "/tasks/", "/storage-data/", "/media/", "/static/")  # the only ones that get the token
 LOCAL_FILES = "/data/local-files/"
+UPLOADS = "/data/upload/"
 
 
 class Fetcher:
@@ -39,7 +40,9 @@ class Fetcher:
         self._auth = TokenAuth(connection.url, connection.token) if connection else None
         self._limit = settings.max_image_bytes
         self._seconds = settings.fetch_timeout
-        self._root = Path(settings.local_files_root).resolve() if settings.local_files_root else None
+        self._uploads = f"{UPLOADS}{connection.project}/" if connection else ""
+        self._uploads_root = Path(settings.uploads_root).resolve() if settings.uploads_root else None
+        self._files_root = Path(settings.local_files_root).resolve() if settings.local_files_root else None
         self._allowed = _Allowed.parse(settings.allow_hosts)
         timeout = httpx.Timeout(settings.fetch_timeout, connect=min(settings.fetch_timeout, 10.0))
         limits = httpx.Limits(max_connections=CONNECTIONS)
@@ -108,16 +111,20 @@ class Fetcher:
             raise ImageError("The task's data URI is damaged. Import the image again.") from error
 
     def _local(self, value: str) -> bytes | None:
-        """The file behind a local-files address when this machine sees it too, else None."""
-        if self._root is None or LOCAL_FILES not in f"/{value}":
-            return None
-        url = _parsed(value)
-        if not f"/{url.path}".endswith(LOCAL_FILES) or (url.host and not self._is_label_studio(url)):
-            return None
-        name = str(url.params.get("d", "")).lstrip("/")
-        path = (self._root / name).resolve()
-        if not path.is_relative_to(self._root):
-            raise ImageError(f"{_short(name)} is outside ANOMALY_LOCAL_FILES_ROOT. Correct the task's data.")
+        """The file behind an address inside Label Studio when this machine sees it too, else None."""
+        if self._files_root and LOCAL_FILES in f"/{value}":
+            url = _parsed(value)
+            if f"/{url.path}".endswith(LOCAL_FILES) and (not url.host or self._is_label_studio(url)):
+                return self._seen(self._files_root, str(url.params.get("d", "")).lstrip("/"))
+        if self._uploads_root and self._uploads and value.startswith(self._uploads):
+            own = self._uploads_root / self._uploads.removeprefix(UPLOADS)  # others' need the token
+            return self._seen(own, unquote(value.removeprefix(self._uploads)))
+        return None
+
+    def _seen(self, root: Path, name: str) -> bytes | None:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root):
+            raise ImageError(f"{_short(name)} is outside {root}. Correct the task's data.")
         if not path.is_file():
             return None
         if path.stat().st_size > self._limit:

@@ -27,6 +27,7 @@ STOP_SECONDS = 5.0
 DATABASE = "label_studio.sqlite3"
 TEMPLATE = "label-studio-empty.sqlite3"  # a migrated database without users, kept in the virtual environment
 LOG = "label-studio.log"
+UPLOADS = "media/upload"  # inside its folder
 TAIL_LINES = 15
 
 # Label Studio may reach this machine and nothing else of the private networks.

@@ -11,6 +11,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9-]")
 _ESCAPE = re.compile(r"_([0-9a-f]{2})")
 _SCORE = re.compile(r"score-(\d+)-(.+)-([0-9a-f]{16})")
 _FIT = re.compile(r"fit-(\d+)-(.+)")
+_FEEDBACK = re.compile(r"feedback-(\d+)-.+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,18 @@ class FitKey:
         return f"fit-{self.project}-{_escape(self.run)}"
 
 
-JobKey = ScoreKey | FitKey
+@dataclass(frozen=True, slots=True)
+class FeedbackKey:
+    """One look at a project's annotations."""
+
+    project: int
+    kind = "feedback"
+
+    def __str__(self) -> str:
+        return f"feedback-{self.project}-look"
+
+
+JobKey = ScoreKey | FitKey | FeedbackKey
 
 
 def parse_key(job_id: str) -> JobKey | None:
@@ -53,6 +65,8 @@ def parse_key(job_id: str) -> JobKey | None:
         return ScoreKey(int(match[1]), _unescape(match[2]), match[3])
     if match := _FIT.fullmatch(job_id):
         return FitKey(int(match[1]), _unescape(match[2]))
+    if match := _FEEDBACK.fullmatch(job_id):
+        return FeedbackKey(int(match[1]))
     return None
 
 

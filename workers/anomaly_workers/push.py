@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from redis import Redis
 
 from anomaly_workers.client import Client
+from anomaly_workers.errors import LabelStudioError
 from anomaly_workers.store import ProjectStore
 from anomaly_workers.types import JSON
 
@@ -36,6 +37,28 @@ def predictions(connection: Redis, client: Client, store: ProjectStore, version:
         store.mark_pushed(version, dict.fromkeys(taken, True))
         announce(client, store, version)
     return len(fresh) - len(rejected)
+
+
+def replacements(connection: Redis, client: Client, store: ProjectStore, version: str, items: Sequence[JSON]) -> int:
+    """Import new predictions of tasks that have one of the same version, then delete the old; return how many.
+
+    For a moment a task has two, and never none; a crash in between leaves two, which the sweep mends.
+    """
+    if not items:
+        return 0
+    with writing(connection, store.id):
+        tasks = [int(item["task"]) for item in items]
+        before = client.prediction_ids(store.id, version, tasks=tasks)
+        client.import_predictions(store.id, items)
+        after = client.prediction_ids(store.id, version, tasks=tasks)
+        done = [task for task in tasks if set(after.get(task, ())) - set(before.get(task, ()))]
+        for task in done:
+            for prediction in before.get(task, ()):
+                client.delete_prediction(prediction)
+        store.mark_pushed(version, dict.fromkeys(done, True))
+    if len(done) < len(items):
+        raise LabelStudioError(f"Label Studio took {len(done)} of {len(items)} new predictions. They are sent again.")
+    return len(done)
 
 
 def announce(client: Client, store: ProjectStore, version: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from redis import Redis
 from redis.backoff import ExponentialBackoff
@@ -20,7 +20,7 @@ from rq.job import Job, JobStatus, Retry
 from rq.serializers import JSONSerializer
 from rq.utils import utcformat, utcparse
 
-from anomaly_workers.jobkey import FitKey, JobKey, ScoreKey, parse_key
+from anomaly_workers.jobkey import FeedbackKey, FitKey, JobKey, ScoreKey, parse_key
 from anomaly_workers.scripts import Scripts, text
 from anomaly_workers.settings import Settings
 from anomaly_workers.types import JobInfo, Task
@@ -28,7 +28,10 @@ from anomaly_workers.types import JobInfo, Task
 QUEUES = ("interactive", "score", "learn")
 """Names of the queues; earlier ones go first, always."""
 
-JOBS = {"score": "anomaly_workers.jobs.score", "fit": "anomaly_workers.jobs.fit"}
+LEARN = "learn"
+"""The queue whose jobs take long; a worker of its own runs them."""
+
+JOBS = {kind: f"anomaly_workers.jobs.{kind}" for kind in ("score", "fit", "feedback")}
 """The functions that jobs may call, by kind."""
 
 RETRY_SECONDS = (1, 5, 20)
@@ -106,8 +109,17 @@ class Queues:
         key = FitKey(project, run)
         fields = self._fields(key, {"project": project, "run": run})
         fields["description"] = f"fit project {project}"
-        answer = self._scripts.add_fit(args=[str(key), "learn", *_flat(fields)])
-        return text(answer)
+        return text(self._scripts.add_next(args=[str(key), LEARN, *_flat(fields)]))
+
+    def enqueue_feedback(self, project: int) -> str:
+        """Have the project's annotations looked at soon; return the id of the job that will do it.
+
+        At most one look waits while one runs, so that whatever comes during a look is seen by the next.
+        """
+        key = FeedbackKey(project)
+        fields = self._fields(key, {"project": project})
+        fields["description"] = f"read the annotations of project {project}"
+        return text(self._scripts.add_next(args=[str(key), "interactive", *_flat(fields)]))
 
     def busy(self, project: int, version: str) -> frozenset[int]:
         """Return the ids of the tasks that are queued, running or waiting for another try with `version`."""
@@ -133,8 +145,14 @@ class Queues:
 
     def fitting(self, project: int) -> bool:
         """Tell whether a fit of the project is queued, running or waiting for another try."""
-        keys = (parse_key(job_id) for job_id in self._under_way(("learn",)))
+        keys = (parse_key(job_id) for job_id in self._under_way((LEARN,)))
         return any(isinstance(key, FitKey) and key.project == project for key in keys)
+
+    def gave_up_fitting(self, project: int, *, within: float) -> bool:
+        """Tell whether a fit of the project failed for good, or was cancelled, in the last `within` seconds."""
+        since = time.time() + FAILURE_SECONDS - within  # the registry holds when a job is forgotten
+        recent = self.connection.zrangebyscore(f"{RQ_KEY_PREFIX}:failed:{LEARN}", f"({since}", "+inf")
+        return any(_project(text(job_id)) == project for job_id in cast("list[bytes]", recent))
 
     def jobs(self, project: int | None = None) -> list[JobInfo]:
         """Return all jobs that are kept, of one project or of all: what runs first, what has ended last."""

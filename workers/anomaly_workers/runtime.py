@@ -54,6 +54,7 @@ class Runtime:
         self.queues = Queues(connection, settings)
         self.device = choose_device(settings.device)
         self._detectors: OrderedDict[tuple[int, str], Detector] = OrderedDict()
+        self._calmed: dict[tuple[int, str], tuple[int, ...]] = {}
         self._clients: dict[Connection, tuple[Client, Fetcher]] = {}
 
     def session(self, project: int) -> Session:
@@ -85,9 +86,20 @@ class Runtime:
             self._detectors[key] = kind.load(self.store.project(project).version_folder(version), device=self.device)
             logger.info("project %d: %s loaded on %s", project, version, self.device)
         self._detectors.move_to_end(key)
+        self._take_calmed(key)
         while len(self._detectors) > WARM_DETECTORS:
-            self._detectors.popitem(last=False)
+            dropped, _ = self._detectors.popitem(last=False)
+            self._calmed.pop(dropped, None)
         return self._detectors[key]
+
+    def _take_calmed(self, key: tuple[int, str]) -> None:
+        """Bring a detector up to date with what annotators rejected since."""
+        project, version = key
+        store = self.store.project(project)
+        entries = store.calmed(version)
+        if entries != self._calmed.get(key, ()):
+            self._detectors[key].take_as_normal(store.calmed_patches(version, entries))
+            self._calmed[key] = entries
 
     def keep_warm(self, project: int, version: str, detector: Detector) -> None:
         """Use a detector that was fitted in this process without loading it again."""

@@ -84,8 +84,8 @@ local function after_death(id, queue, most, reason)
     return 'queued'
 end
 
--- A fit of the project of `id`, so that one project's fits run one after the other.
-local function prefix_of(id) return string.match(id, '^fit%-%d+%-') end
+-- Of a fit or a look at the annotations: one project's fits run one after the other, and so do its looks.
+local function prefix_of(id) return string.match(id, '^fit%-%d+%-') or string.match(id, '^feedback%-%d+%-') end
 local function begins(id, prefix) return string.sub(id, 1, #prefix) == prefix end
 local function any_begins(ids, prefix)
     for _, id in ipairs(ids) do
@@ -112,8 +112,9 @@ save(id, queue, 4)
 return 1
 """
 
-# ARGV: id, queue, then the job's fields. Returns the id of the fit that will run: this one, or one that waits already.
-_ADD_FIT = """
+# ARGV: id, queue, then the job's fields. Returns the id of the job that will run: this one, or one of its kind and
+# project that waits already.
+_ADD_NEXT = """
 local id, queue = ARGV[1], ARGV[2]
 local prefix = prefix_of(id)
 local stands = any_begins(redis.call('LRANGE', queue_of(queue), 0, -1), prefix)
@@ -232,8 +233,8 @@ class Scripts:
         return self._register(_ADD)
 
     @cached_property
-    def add_fit(self) -> Callable[..., Any]:
-        return self._register(_ADD_FIT)
+    def add_next(self) -> Callable[..., Any]:
+        return self._register(_ADD_NEXT)
 
     @cached_property
     def claim(self) -> Callable[..., Any]:

@@ -50,6 +50,8 @@ class Settings(BaseModel):
     max_fit_images: int = Field(400, ge=2, description="Most images one fit uses; more are sampled evenly.")
     max_megapixels: int = Field(100, ge=1, description="Larger images are refused.")
     max_image_bytes: int = Field(200_000_000, ge=1000, description="Larger downloads are refused.")
+    learn_after: int = Field(5, ge=1, description="New verdicts after which a project learns from them.")
+    learn_quiet_seconds: float = Field(60.0, ge=0, description="Quiet time after which it learns from fewer.")
     sweep_seconds: float = Field(20.0, gt=0, description="How often work that a webhook missed is looked for.")
     settle_seconds: float = Field(
         5.0, ge=0, description="Quiet time after the last new image before a small first fit."
@@ -60,6 +62,7 @@ class Settings(BaseModel):
         "", description="Hosts images may come from besides Label Studio and public addresses, comma separated."
     )
     local_files_root: str = Field("", description="Folder behind /data/local-files/, if the worker sees it too.")
+    uploads_root: str = Field("", description="Label Studio's media/upload folder, if the worker sees it too.")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")
 
 

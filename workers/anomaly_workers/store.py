@@ -8,7 +8,10 @@
                                /announced         name of the version that Label Studio was told to show
                                /history.jsonl     every deployment, appended
                                /versions/<version>/card.json, detector.json, detector.safetensors
-                               /records/<version>/<task // 1000>/<task>.json, <task>.png (16-bit anomaly map)
+                               /records/<version>/<task // 1000>/<task>.json, <task>.png (16-bit anomaly map),
+                                                                <task>.npy (its hottest patches)
+                               /calmed/<version>/<entry>.npy (patches that count as normal since a rejected alarm)
+                               /learnt                       number of the last feedback entry that was learnt from
                                /heatmaps/<version>/<key[:2]>/<key>.png
                                /failures/<task>.json
                                /feedback/log.jsonl, masks/<digest>.png, lock
@@ -26,7 +29,7 @@ import secrets
 import shutil
 import time
 from base64 import urlsafe_b64decode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hmac import compare_digest
@@ -246,11 +249,21 @@ class ProjectStore:
 
     # -- records: what a version said of a task
 
-    def keep_record(self, version: str, task: int, record: Mapping[str, Any], anomaly_map: NDArray[np.float32]) -> None:
-        """Keep a prediction as it will be pushed, with its map."""
+    def keep_record(
+        self,
+        version: str,
+        task: int,
+        record: Mapping[str, Any],
+        anomaly_map: NDArray[np.float32],
+        *,
+        hottest: NDArray[np.float16] | None = None,
+    ) -> None:
+        """Keep a prediction as it will be pushed, with its map and its hottest patches (k, d)."""
         path = self._record(version, task)
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path.with_suffix(".png"), _encode_map(anomaly_map))
+        if hottest is not None:
+            _write(path.with_suffix(".npy"), _encode_rows(hottest))
         _write(path, json.dumps(record).encode())
 
     def mark_pushed(self, version: str, tasks: Mapping[int, bool]) -> None:
@@ -280,6 +293,41 @@ class ProjectStore:
         """Return the stored map, (h, w) float32 in [0, 1], None if there is none."""
         path = self._record(version, task).with_suffix(".png")
         return _decode_map(path.read_bytes()) if path.exists() else None
+
+    def hottest(self, version: str) -> Iterator[tuple[int, NDArray[np.float16]]]:
+        """Yield each task that a version scored, with its hottest patches (k, d)."""
+        for path in sorted((self.folder / "records" / _safe(version)).glob("*/*.npy")):
+            yield int(path.stem), _decode_rows(path)
+
+    # -- rejected alarms: patches that count as normal besides what a version was fitted on
+
+    def keep_calmed(self, version: str, entry: int, patches: NDArray[np.float16]) -> None:
+        """Keep the patches (k, d) that a feedback entry makes normal."""
+        path = self._calmed(version) / f"{int(entry)}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, _encode_rows(patches))
+
+    def forget_calmed(self, version: str, entry: int) -> None:
+        """Take back what a feedback entry made normal."""
+        (self._calmed(version) / f"{int(entry)}.npy").unlink(missing_ok=True)
+
+    def calmed(self, version: str) -> tuple[int, ...]:
+        """Return the numbers of the feedback entries that made patches normal for a version."""
+        return tuple(sorted(int(path.stem) for path in self._calmed(version).glob("[0-9]*.npy")))
+
+    def calmed_patches(self, version: str, entries: Sequence[int]) -> NDArray[np.float16]:
+        """Return the patches (k, d) of some feedback entries together."""
+        rows = [_decode_rows(self._calmed(version) / f"{entry}.npy") for entry in entries]
+        return np.concatenate(rows) if rows else np.zeros((0, 0), np.float16)
+
+    @property
+    def learnt(self) -> int:
+        """The number of the last feedback entry that a learning run has seen."""
+        return int(self._pointer("learnt") or 0)
+
+    def keep_learnt(self, entry: int) -> None:
+        """Note the last feedback entry that a learning run has seen."""
+        _write(self.folder / "learnt", str(int(entry)).encode())
 
     # -- heatmaps
 
@@ -338,6 +386,9 @@ class ProjectStore:
     def _record(self, version: str, task: int) -> Path:
         return self.folder / "records" / _safe(version) / str(int(task) // 1000) / f"{int(task)}.json"
 
+    def _calmed(self, version: str) -> Path:
+        return self.folder / "calmed" / _safe(version)
+
     def _heatmap(self, version: str, image: str) -> Path:
         key = image_key(image)
         return self.folder / "heatmaps" / _safe(version) / key[:2] / f"{key}.png"
@@ -369,6 +420,19 @@ def _encode_map(anomaly_map: NDArray[np.float32]) -> bytes:
 def _decode_map(content: bytes) -> NDArray[np.float32]:
     with Image.open(io.BytesIO(content)) as picture:
         return np.asarray(picture, dtype=np.float32) / np.float32(65535)
+
+
+def _encode_rows(rows: NDArray[np.float16]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _decode_rows(path: Path) -> NDArray[np.float16]:
+    try:
+        return np.asarray(np.load(path, allow_pickle=False), np.float16)
+    except (OSError, ValueError, EOFError) as error:
+        raise StoreError(f"{path} cannot be read: {error}. Restore it from a backup or remove it.") from error
 
 
 def _digest(folder: Path) -> str:

@@ -21,12 +21,14 @@ from redis.retry import Retry
 
 from anomaly_workers import machine, server
 from anomaly_workers.errors import AnomalyError
+from anomaly_workers.queues import LEARN, QUEUES
 from anomaly_workers.salvage import SHUTDOWN, Running, Salvage, Verdict
 from anomaly_workers.settings import PREFIX, Settings, to_environ
 
 logger = logging.getLogger(__name__)
 
-WORKER = (sys.executable, "-m", "anomaly_workers.worker")
+WORKER = (sys.executable, "-m", "anomaly_workers.worker", "--queues", *(name for name in QUEUES if name != LEARN))
+LEARNER = (sys.executable, "-m", "anomaly_workers.worker", "--queues", LEARN)
 SWEEP = (sys.executable, "-m", "anomaly_workers.sweep")
 
 TICK_SECONDS = 0.1
@@ -106,7 +108,7 @@ class _Clock:
 
 
 class Supervisor:
-    """Keeps worker processes and one sweep running on this host.
+    """Keeps worker processes, one that learns and one sweep running on this host.
 
     Others may do the same on other hosts with the same Redis.
     """
@@ -118,6 +120,7 @@ class Supervisor:
         workers: int,
         *,
         worker_command: Sequence[str] = WORKER,
+        learner_command: Sequence[str] | None = LEARNER,
         sweep_command: Sequence[str] | None = SWEEP,
         environ: Mapping[str, str] | None = None,
     ) -> None:
@@ -128,6 +131,7 @@ class Supervisor:
             redis_url: the Redis that `server.ensure` returned.
             workers: how many worker processes; 0 for one per GPU, or one without.
             worker_command: what a worker is; gets `--name NAME --parent PID`.
+            learner_command: what runs the long jobs beside them; called like a worker. None for no such process.
             sweep_command: what the sweep is; gets `--parent PID`. None for no sweep.
             environ: the environment to pass on, by default this process's.
         """
@@ -137,6 +141,8 @@ class Supervisor:
         self._connection = _connect(redis_url)
         self._salvage = Salvage(self._connection)
         self._children = [_Child(worker_command, extra, True) for extra in _places(settings, workers, base)]
+        if learner_command is not None:
+            self._children.append(_Child(learner_command, base, True))
         if sweep_command is not None:
             self._children.append(_Child(sweep_command, base, False))
         self._dead: dict[str, Verdict] = {}
@@ -166,7 +172,7 @@ class Supervisor:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the living workers, then the sweep's."""
+        """Process ids of the living workers, the learning one last among them, then the sweep's."""
         return [child.process.pid for child in self._children if child.process is not None]
 
     def _watch(self) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import cast
 
 from redis import Redis
@@ -21,6 +22,7 @@ from anomaly_workers import lifeline, push, queues, server
 from anomaly_workers.client import Client, Project
 from anomaly_workers.counters import count
 from anomaly_workers.errors import AnomalyError, LabelStudioError
+from anomaly_workers.feedback import FeedbackLog
 from anomaly_workers.labelstudio import config, decode
 from anomaly_workers.queues import Queues
 from anomaly_workers.settings import Settings, load_settings
@@ -35,6 +37,14 @@ ENOUGH_NORMALS = 20
 GROWTH = 2.0
 """A version fitted on few images is replaced once the project has this many times as many."""
 
+ENOUGH_OF_EACH = 3
+"""Confirmed images of either kind before a project learns by itself; the gate's least."""
+
+LOOK_SECONDS = 60
+"""How often annotations are looked at without a webhook that says so."""
+
+FIT_AGAIN_SECONDS = 600
+"""A fit that failed is not tried again sooner, unless somebody asks for it."""
 
 DOUBLES_SECONDS = 600
 """How often all predictions of a project are compared with its tasks, beyond the rounds that give a reason to."""
@@ -74,7 +84,7 @@ def sweep_project(
     store.keep_label_config(info.label_config)
     value = config.parse(store.label_config).value
     if not store.target:
-        if info.tasks and not queue.fitting(store.id):
+        if info.tasks and _may_queue_fit(store, queue, again=again):
             queue.enqueue_fit(store.id, "first")
         return info.tasks
     missing = client.open_tasks(store.id, without_version=store.target)
@@ -87,7 +97,9 @@ def sweep_project(
         if store.rollout:
             finish_rollout(client, store, queue.connection)
         tidy(client, store, info, queue.connection)
-    if _has_grown(store, info, settings) and not queue.fitting(store.id):
+    if _time_to_look(store, queue.connection):
+        queue.enqueue_feedback(store.id)
+    if _has_grown(store, info, settings) and _may_queue_fit(store, queue, again=again):
         queue.enqueue_fit(store.id, "growth")
     return len(due)
 
@@ -118,7 +130,7 @@ def tidy(client: Client, store: ProjectStore, info: Project, connection: Redis) 
         doubled = [task for task, count in counts.items() if count > 1]
         if doubled:
             for ids in client.prediction_ids(store.id, store.current, tasks=doubled).values():
-                for prediction in ids[1:]:
+                for prediction in ids[:-1]:  # the newest stays
                     client.delete_prediction(prediction)
 
 
@@ -136,6 +148,25 @@ def training_tasks(client: Client, controls: Controls, project: int, *, limit: i
         confirmed=tuple(task.id in known for task in sample),
         available=len(labelled) + len(unlabelled),
     )
+
+
+def may_learn(store: ProjectStore, log: FeedbackLog, settings: Settings) -> bool:
+    """Whether there are enough new verdicts to learn from, or a few and none came for a while.
+
+    Before there are enough confirmed images of either kind nothing could be compared, and so nothing be promoted.
+    """
+    if not store.current or store.rollout:
+        return False
+    entries = log.entries()
+    new = {entry.task: entry for entry in entries if entry.seq > store.learnt and entry.anomaly is not None}
+    if not new:
+        return False
+    said = [entry.anomaly for entry in log.current().values()]
+    if min(said.count(True), said.count(False)) < ENOUGH_OF_EACH:
+        return False
+    newest = max(datetime.fromisoformat(entry.at) for entry in new.values())
+    quiet = (datetime.now(UTC) - newest).total_seconds()
+    return len(new) >= settings.learn_after or quiet >= settings.learn_quiet_seconds
 
 
 def verdict(annotations: Sequence[JSON], controls: Controls) -> bool | None:
@@ -206,6 +237,16 @@ def _sweep_all(store: Store, queue: Queues, settings: Settings) -> None:
 def _is_due(store: ProjectStore, task: Task, value: str) -> bool:
     failure = store.failure(task.id)
     return failure is None or failure.is_due(config.image_of(task.data, value) or "", time.time())
+
+
+def _may_queue_fit(store: ProjectStore, queue: Queues, *, again: bool) -> bool:
+    if queue.fitting(store.id):
+        return False
+    return again or not queue.gave_up_fitting(store.id, within=FIT_AGAIN_SECONDS)
+
+
+def _time_to_look(store: ProjectStore, connection: Redis) -> bool:
+    return bool(connection.set(f"anomaly:looked:{store.id}", 1, nx=True, ex=LOOK_SECONDS))
 
 
 def _has_grown(store: ProjectStore, info: Project, settings: Settings) -> bool:

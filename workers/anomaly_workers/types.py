@@ -41,12 +41,14 @@ class Detection:
         threshold: operating point in [0, 1] on the calibrated scale, valid for score and map alike.
         anomaly_map: (h, w) float32 in [0, 1] on the same scale, with the image's aspect ratio; not at full resolution.
         size: (height, width) of the original image in pixels.
+        hottest: (k, d) features of the patches that look least normal, by which look-alikes are found; k may be 0.
     """
 
     score: float
     threshold: float
     anomaly_map: NDArray[np.float32]
     size: tuple[int, int]
+    hottest: NDArray[np.float16] = field(default_factory=lambda: np.zeros((0, 0), np.float16), repr=False)
 
     @property
     def is_anomaly(self) -> bool:

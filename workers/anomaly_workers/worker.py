@@ -16,7 +16,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -36,7 +36,7 @@ from rq.worker.base import WorkerStatus
 from anomaly_workers import lifeline, machine, server
 from anomaly_workers.allowed import AllowedJob, check
 from anomaly_workers.errors import AnomalyError, Cancelled, ConfigError, JobError, Unauthorized, WeightsError
-from anomaly_workers.queues import QUEUES, connect
+from anomaly_workers.queues import LEARN, QUEUES, connect
 from anomaly_workers.scripts import CLAIMS, Scripts, text
 from anomaly_workers.settings import Settings, load_settings
 
@@ -76,10 +76,13 @@ class WarmWorker(SimpleWorker):
     death_penalty_class = Deadline
     job_class = AllowedJob
 
-    def __init__(self, connection: Redis, *, allow: Allowed, context: Any, name: str) -> None:
+    def __init__(
+        self, connection: Redis, *, allow: Allowed, context: Any, name: str, queues: Sequence[str] = QUEUES
+    ) -> None:
         super().__init__(
-            list(QUEUES), name=name, connection=connection, serializer=JSONSerializer, worker_ttl=DEADLINE_SECONDS
+            list(queues), name=name, connection=connection, serializer=JSONSerializer, worker_ttl=DEADLINE_SECONDS
         )
+        self._names = tuple(queues)
         self._allow = allow
         self._context = context
         self._scripts = Scripts(connection)
@@ -98,7 +101,7 @@ class WarmWorker(SimpleWorker):
         """
         self.set_state(WorkerStatus.IDLE)
         while not self._stop_requested:
-            if found := self._scripts.claim(args=[self.name, *QUEUES]):
+            if found := self._scripts.claim(args=[self.name, *self._names]):
                 queue, job_id = map(text, found)
                 if job := self._fetch(queue, job_id):
                     return job, self._queue(queue)
@@ -288,7 +291,9 @@ def new_name() -> str:
     return f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
 
 
-def run(settings: Settings, *, allow: Allowed, context: Any, name: str | None = None) -> None:
+def run(
+    settings: Settings, *, allow: Allowed, context: Any, name: str | None = None, queues: Sequence[str] = QUEUES
+) -> None:
     """Run jobs in this process until SIGTERM; a running job is finished first.
 
     Args:
@@ -296,9 +301,10 @@ def run(settings: Settings, *, allow: Allowed, context: Any, name: str | None = 
         allow: the functions that jobs may call, by dotted name; called as `function(context, progress, **kwargs)`.
         context: what outlives the jobs, such as warm models; its `device`, if any, is shown by `ls-anomaly jobs`.
         name: unique name of the worker.
+        queues: what it takes jobs from, urgent ones first.
     """
     connection = _patient(settings)
-    worker = WarmWorker(connection, allow=allow, context=context, name=name or new_name())
+    worker = WarmWorker(connection, allow=allow, context=context, name=name or new_name(), queues=queues)
     worker.work(logging_level=settings.log_level)
 
 
@@ -312,6 +318,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     if options.parent:
         lifeline.follow(options.parent)
+    if options.queues == [LEARN]:
+        os.nice(10)  # scoring goes first
     settings = load_settings()
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for chatty in ("httpx", "timm"):  # a line a request with its whole query; a line a model
@@ -320,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         context = jobs.open_context(settings, _patient(settings))
-        run(settings, allow=jobs.ALLOWED, context=context, name=options.name)
+        run(settings, allow=jobs.ALLOWED, context=context, name=options.name, queues=options.queues)
     except AnomalyError as error:
         logger.error("%s", error)
         raise SystemExit(1) from error
@@ -331,6 +339,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m anomaly_workers.worker")
     parser.add_argument("--name", help="unique name of this worker")
     parser.add_argument("--parent", type=int, help="end when this process is no longer the parent")
+    parser.add_argument("--queues", nargs="+", choices=QUEUES, default=list(QUEUES), help="what to take jobs from")
     return parser.parse_args(arguments)
 
 

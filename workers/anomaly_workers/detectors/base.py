@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from anomaly_workers.types import Detection, Picture, Progress, no_progress
 
 
@@ -68,6 +71,31 @@ class Detector(ABC):
 
         Raises:
             NotFitted: before `fit` or `load`.
+        """
+
+    @abstractmethod
+    def quietening(self, picture: Picture, where: NDArray[np.bool_] | None = None) -> NDArray[np.float16]:
+        """Return the patches (k, d) of a picture that must count as normal for it to raise no alarm.
+
+        Args:
+            picture: what was rejected.
+            where: (h, w) bool of any resolution, the places that were; None for the whole picture.
+
+        Returns:
+            What `take_as_normal` needs; k is 0 where nothing is above normal, or the method cannot learn so.
+        """
+
+    @abstractmethod
+    def take_as_normal(self, patches: NDArray[np.float16]) -> None:
+        """Count patches (k, d) as normal besides what was fitted; replaces those given before, and is not saved."""
+
+    @abstractmethod
+    def is_quietened(self, hottest: NDArray[np.float16], patches: NDArray[np.float16]) -> bool:
+        """Tell whether some of a detection's hottest patches fall below the threshold once `patches` count as normal.
+
+        Args:
+            hottest: (n, d), see `Detection`.
+            patches: (k, d), see `quietening`.
         """
 
     @abstractmethod

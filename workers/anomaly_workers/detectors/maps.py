@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-SIGMA = 0.5
-"""Width of the Gaussian in grid cells: 4 pixels at stride 8, as in PatchCore (arXiv 2106.08265, section 3.3)."""
+SIGMA = 0.7
+"""Width of the Gaussian in grid cells: 5.6 pixels at stride 8. PatchCore takes 4 (arXiv 2106.08265, section 3.3)."""
 
-TOP_SHARE = 0.01
-"""The raw score is the mean over this share of the map, its highest part."""
+TOP_SHARE = 0.004
+"""The raw score is the mean over this share of the map, its highest part: four of 32 x 32 cells.
+
+Chosen with the width on train/good and pool of five classes: image AUROC .944 with the highest value alone and
+half a cell, .946 with the mean of the top 1 %, .947 as it is; all of 0.3 to 1 % and 0.7 to 1 cells came within .001."""
 
 
 def raw_maps(distances: Tensor, size: tuple[int, int]) -> Tensor:
     """Smooth patch distances (n, h, w) and enlarge them to `size` (height, width); returns (n, height, width)."""
-    smooth = _smoothed(distances[:, None])  # (n, 1, h, w)
-    return functional.interpolate(smooth, size=size, mode="bilinear")[:, 0]
+    return functional.interpolate(smoothed(distances)[:, None], size=size, mode="bilinear")[:, 0]
 
 
 def raw_scores(distances: Tensor) -> Tensor:
@@ -25,17 +27,17 @@ def raw_scores(distances: Tensor) -> Tensor:
     One value alone makes a noisy score. The mean is at most the highest of them, so that an image whose score reaches
     a threshold has a place that does.
     """
-    flat = _smoothed(distances[:, None]).flatten(1)  # (n, h * w)
+    flat = smoothed(distances).flatten(1)  # (n, h * w)
     count = max(1, round(TOP_SHARE * flat.shape[1]))
     return flat.topk(count, dim=1).values.mean(dim=1)
 
 
-def _smoothed(values: Tensor) -> Tensor:
-    """Convolve (n, 1, h, w) with a Gaussian, along rows and columns in turn, repeating the border."""
+def smoothed(values: Tensor) -> Tensor:
+    """Convolve (n, h, w) with the Gaussian, along rows and columns in turn, repeating the border."""
     radius = round(3 * SIGMA)
     steps = torch.arange(-radius, radius + 1, dtype=values.dtype, device=values.device)
     kernel = torch.exp(-0.5 * (steps / SIGMA) ** 2)
     kernel = kernel / kernel.sum()
-    padded = functional.pad(values, (radius, radius, radius, radius), mode="replicate")
+    padded = functional.pad(values[:, None], (radius, radius, radius, radius), mode="replicate")
     rows = functional.conv2d(padded, kernel.view(1, 1, 1, -1))
-    return functional.conv2d(rows, kernel.view(1, 1, -1, 1))
+    return functional.conv2d(rows, kernel.view(1, 1, -1, 1))[:, 0]

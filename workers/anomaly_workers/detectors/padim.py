@@ -65,6 +65,10 @@ class Gaussians:
         size = (grids.shape[1], grids.shape[2])
         return functional.interpolate(distances[:, None], size=size, mode="bilinear")[:, 0]
 
+    def plus(self, patches: Tensor) -> Self:
+        """Return itself: a few patches say nothing of a place's Gaussian."""
+        return self
+
     def state(self) -> dict[str, Tensor]:
         """Return the Gaussians' tensors."""
         return {"mean": self.mean, "whitening": self.whitening, "chosen": self.chosen}

@@ -66,6 +66,12 @@ class Bank:
         gone = torch.isin(self.sources, torch.tensor(left_out, dtype=self.sources.dtype, device=self.sources.device))
         return self.norms if bool(gone.all()) else self.norms.masked_fill(gone, float("inf"))
 
+    def plus(self, patches: Tensor) -> Self:
+        """Return a bank that holds patches (k, d) too; no learnt grid is their source."""
+        rows = torch.cat([self.patches, patches])
+        sources = torch.cat([self.sources, self.sources.new_full((len(patches),), -1)])
+        return type(self)(rows, square_norms(rows), sources)
+
     def state(self) -> dict[str, Tensor]:
         """Return the bank's tensors."""
         return {"patches": self.patches, "sources": self.sources}

@@ -9,10 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol, Self
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from anomaly_workers import backbones
 from anomaly_workers.backbones import Backbone
@@ -20,7 +23,8 @@ from anomaly_workers.detectors.base import Detector, Options
 from anomaly_workers.detectors.calibration import THRESHOLD, Calibration, calibrate
 from anomaly_workers.detectors.coldstart import trusted
 from anomaly_workers.detectors.crossfit import held_out_scores
-from anomaly_workers.detectors.maps import raw_maps, raw_scores
+from anomaly_workers.detectors.maps import raw_maps, raw_scores, smoothed
+from anomaly_workers.detectors.neighbours import nearest
 from anomaly_workers.detectors.parallel import each
 from anomaly_workers.detectors.patches import grid_batch, patch_grids, same_shapes
 from anomaly_workers.errors import ConfigError, NotFitted, StoreError
@@ -28,6 +32,9 @@ from anomaly_workers.types import JSON, Detection, Picture, Progress, no_progres
 
 TENSORS = "detector.safetensors"
 CARD = "detector.json"
+
+HOTTEST = 16
+"""Patches of each image by which look-alikes are found."""
 
 
 class Memory(Protocol):
@@ -42,6 +49,9 @@ class Memory(Protocol):
 
         `without` names, for each of the n, the learnt grids that must not speak for it, where the method can tell.
         """
+
+    def plus(self, patches: Tensor) -> Self:
+        """Return a memory that takes patches (k, d) as normal too, or itself where the method cannot."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that `restore` needs."""
@@ -64,7 +74,8 @@ class PatchwiseDetector(Detector):
         self.side = options.image_size
         self.threshold = THRESHOLD
         self.backbone = _backbone(options)
-        self._memory: Memory | None = None
+        self._fitted: Memory | None = None
+        self._memory: Memory | None = None  # the fitted one, and what was taken as normal since
         self._unconfirmed: dict[str, tuple[int, ...]] = {}  # fingerprint -> places among the learnt grids
         self._calibration: Calibration | None = None
 
@@ -82,7 +93,7 @@ class PatchwiseDetector(Detector):
         kept = trusted(grids, flags, seed=seed, progress=_part(progress, 0.5, 0.6))
         normal = [grids[i] for i in kept]
         scores = held_out_scores(self.memory_type, normal, seed=seed, progress=_part(progress, 0.6, 0.8))
-        self._memory = self.memory_type.learn(normal, seed=seed, progress=_part(progress, 0.8, 1.0))
+        self._fitted = self._memory = self.memory_type.learn(normal, seed=seed, progress=_part(progress, 0.8, 1.0))
         self._calibration = calibrate(scores, target_fpr=self.options.target_fpr)
         unconfirmed = [(place, pictures[i]) for place, i in enumerate(kept) if not flags[i]]
         self._unconfirmed = _places(unconfirmed)
@@ -98,8 +109,9 @@ class PatchwiseDetector(Detector):
             with torch.inference_mode():
                 some = [pictures[index] for index in indices]
                 own = [self._unconfirmed.get(fingerprint(picture), ()) for picture in some]
-                distances = memory.distances(grid_batch(self.backbone, pictures, indices), without=own)  # (n, h, w)
-                return _detections(some, distances, calibration, threshold=self.threshold)
+                grids = grid_batch(self.backbone, pictures, indices)  # (n, h, w, d)
+                distances = memory.distances(grids, without=own)  # (n, h, w)
+                return _detections(some, grids, distances, calibration, threshold=self.threshold)
 
         batches = same_shapes(pictures)
         found: dict[int, Detection] = {}
@@ -107,11 +119,37 @@ class PatchwiseDetector(Detector):
             found |= dict(zip(indices, detections, strict=True))
         return [found[index] for index in range(len(pictures))]
 
+    def quietening(self, picture: Picture, where: NDArray[np.bool_] | None = None) -> NDArray[np.float16]:
+        """See `Detector.quietening`: the patches farther away than a typical normal image's score."""
+        if self._memory is None or self._calibration is None:
+            raise NotFitted("This detector has not been fitted. Call fit or load first.")
+        with torch.inference_mode():
+            grids = grid_batch(self.backbone, [picture], [0])  # (1, h, w, d)
+            distances = self._memory.distances(grids)
+            hot = torch.maximum(distances, smoothed(distances))[0] > self._calibration.limit - self._calibration.unit
+            if where is not None:
+                hot &= _on_grid(where, (hot.shape[0], hot.shape[1])).to(hot.device)
+            return np.asarray(grids[0][hot].half().cpu().numpy())
+
+    def take_as_normal(self, patches: NDArray[np.float16]) -> None:
+        """See `Detector.take_as_normal`."""
+        if self._fitted is None:
+            raise NotFitted("This detector has not been fitted. Call fit or load first.")
+        rows = torch.from_numpy(patches).float().to(self.backbone.device)
+        self._memory = self._fitted.plus(rows) if len(rows) else self._fitted
+
+    def is_quietened(self, hottest: NDArray[np.float16], patches: NDArray[np.float16]) -> bool:
+        """See `Detector.is_quietened`."""
+        if self._calibration is None or not len(patches) or not len(hottest):
+            return False
+        hot, normal = (torch.from_numpy(rows).float() for rows in (hottest, patches))
+        return bool((nearest(hot, normal) < self._calibration.limit).any())
+
     def save(self, folder: Path) -> None:
         """See `Detector.save`."""
-        if self._memory is None or self._calibration is None:
+        if self._fitted is None or self._calibration is None:
             raise NotFitted("There is nothing to save yet. Call fit first.")
-        state = {name: tensor.cpu().contiguous() for name, tensor in self._memory.state().items()}
+        state = {name: tensor.cpu().contiguous() for name, tensor in self._fitted.state().items()}
         safetensors.torch.save_file(state, folder / TENSORS)
         options = {**asdict(self.options), "device": "cpu"}
         card: JSON = {"options": options, "calibration": asdict(self._calibration), "threshold": self.threshold}
@@ -131,22 +169,32 @@ class PatchwiseDetector(Detector):
         except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             raise StoreError(f"The model in {folder} is missing or damaged ({error}). Fit it again.") from error
         detector = cls(options)
-        detector._memory, detector._calibration, detector.threshold = memory, calibration, threshold
+        detector._fitted = detector._memory = memory
+        detector._calibration, detector.threshold = calibration, threshold
         detector._unconfirmed = unconfirmed
         return detector
 
 
 def _detections(
-    pictures: Sequence[Picture], distances: Tensor, calibration: Calibration, *, threshold: float
+    pictures: Sequence[Picture], grids: Tensor, distances: Tensor, calibration: Calibration, *, threshold: float
 ) -> list[Detection]:
     """Turn the patch distances (n, h, w) of equally shaped pictures into calibrated scores and maps."""
+    hottest = distances.flatten(1).topk(min(HOTTEST, distances[0].numel()), dim=1).indices  # (n, k)
+    rows = [grid.flatten(0, 1)[places].half().cpu().numpy() for grid, places in zip(grids, hottest, strict=True)]
     height, width = pictures[0].pixels.shape[:2]
     maps = calibration(raw_maps(distances, (height, width)).cpu().numpy())  # (n, height, width)
     scores = [calibration.score(raw) for raw in raw_scores(distances).tolist()]
     return [
-        Detection(score=score, threshold=threshold, anomaly_map=anomaly_map, size=picture.size)
-        for picture, score, anomaly_map in zip(pictures, scores, maps, strict=True)
+        Detection(score=score, threshold=threshold, anomaly_map=anomaly_map, size=picture.size, hottest=row)
+        for picture, score, anomaly_map, row in zip(pictures, scores, maps, rows, strict=True)
     ]
+
+
+def _on_grid(where: NDArray[np.bool_], shape: tuple[int, int]) -> Tensor:
+    """Return the cells (h, w) that a mask touches, or whose neighbour it does."""
+    mask = torch.from_numpy(where.astype(np.float32))[None, None]
+    cells = functional.adaptive_max_pool2d(mask, shape)
+    return functional.max_pool2d(cells, 3, 1, 1)[0, 0] > 0
 
 
 def fingerprint(picture: Picture) -> str:

@@ -1,0 +1,1 @@
+"""Learning from what annotators confirmed and rejected."""

@@ -1,0 +1,142 @@
+"""The gate: a challenger replaces the champion only if the confirmed images say that it is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from anomaly_workers.detectors.calibration import THRESHOLD
+
+FEWEST = 3
+"""Confirmed images of either kind below which nothing can be compared."""
+
+RESAMPLES = 4000
+
+CONFIDENCE = 0.8
+"""Least share of the resamples in which the challenger ranks better."""
+
+FALSE_ALARMS = 0.02
+"""Share of confirmed normals by which false alarms may grow where more defects are found."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One confirmed image, scored by both; neither has learnt from it.
+
+    Attributes:
+        task: task id.
+        anomaly: what the annotators say.
+        champion: the deployed version's score in [0, 1].
+        challenger: the score of a model trained without the image, in [0, 1].
+    """
+
+    task: int
+    anomaly: bool
+    champion: float
+    challenger: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """How well one of the two does on the confirmed images; the threshold is one half for both.
+
+    Attributes:
+        auroc: image AUROC.
+        recall: share of the defects at or above the threshold.
+        false_positive_rate: share of the normals at or above the threshold.
+    """
+
+    auroc: float
+    recall: float
+    false_positive_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The gate's answer.
+
+    Attributes:
+        promote: whether the challenger replaces the champion.
+        reason: why, in one sentence.
+        probability: share of the resamples in which the challenger's AUROC is higher, ties counted half.
+        defects, normals: confirmed images of either kind.
+        champion, challenger: figures of both, None where one kind is missing.
+        dropped: tasks that the champion has on the right side of the threshold and the challenger has not.
+    """
+
+    promote: bool
+    reason: str
+    probability: float
+    defects: int
+    normals: int
+    champion: Figures | None = None
+    challenger: Figures | None = None
+    dropped: tuple[int, ...] = ()
+
+    def card(self) -> dict[str, Any]:
+        """Return it for a version's card."""
+        return asdict(self)
+
+
+def decide(trials: Sequence[Trial], *, seed: int = 0) -> Decision:
+    """Compare by image AUROC on the same images, with the Bayesian bootstrap (Rubin 1981) over the images.
+
+    Few images make few distinct comparisons, so that only a difference that most weightings of them agree on counts.
+    Weights are drawn within each kind. Besides ranking better, the challenger must not lose a defect net of those it
+    gains, and its false alarms may grow by a fiftieth of the normals at most.
+    """
+    labels = np.array([trial.anomaly for trial in trials], np.bool_)
+    defects, normals = int(labels.sum()), int((~labels).sum())
+    if min(defects, normals) < FEWEST:
+        reason = f"{defects} confirmed defects and {normals} confirmed normals: the gate needs {FEWEST} of each"
+        return Decision(False, reason, 0.5, defects, normals)
+    old = np.array([trial.champion for trial in trials], np.float64)
+    new = np.array([trial.challenger for trial in trials], np.float64)
+    before, after = _figures(labels, old), _figures(labels, new)
+    probability = _probability(labels, old, new, seed=seed)
+    dropped = tuple(trial.task for trial in trials if _right(trial, trial.champion) > _right(trial, trial.challenger))
+    promote, reason = _judged(before, after, probability)
+    return Decision(promote, reason, round(probability, 4), defects, normals, before, after, dropped)
+
+
+def _judged(before: Figures, after: Figures, probability: float) -> tuple[bool, str]:
+    ranks = f"image AUROC {before.auroc:.3f} -> {after.auroc:.3f} on confirmed images"
+    if after.auroc <= before.auroc:
+        return False, f"not better: {ranks}"
+    if probability < CONFIDENCE:
+        return False, f"perhaps chance: {ranks}, better in {probability:.0%} of the resamples, {CONFIDENCE:.0%} needed"
+    if after.recall < before.recall:
+        return False, f"finds fewer defects: {before.recall:.0%} -> {after.recall:.0%} of the confirmed ones"
+    if after.false_positive_rate > before.false_positive_rate + FALSE_ALARMS:
+        alarms = f"{before.false_positive_rate:.0%} -> {after.false_positive_rate:.0%} of the confirmed normals"
+        return False, f"raises more false alarms: {alarms}"
+    return True, f"better: {ranks}, in {probability:.0%} of the resamples"
+
+
+def _figures(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> Figures:
+    alarms = scores >= THRESHOLD
+    wins = _wins(labels, scores)
+    return Figures(float(wins.mean()), float(alarms[labels].mean()), float(alarms[~labels].mean()))
+
+
+def _wins(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return (defects, normals): 1 where the defect scores higher, one half on a tie."""
+    above = scores[labels][:, None] - scores[~labels][None, :]
+    return np.asarray((np.sign(above) + 1) / 2, np.float64)
+
+
+def _probability(labels: NDArray[np.bool_], old: NDArray[np.float64], new: NDArray[np.float64], *, seed: int) -> float:
+    gain = _wins(labels, new) - _wins(labels, old)
+    random = np.random.default_rng(seed)
+    rows = random.dirichlet(np.ones(gain.shape[0]), RESAMPLES)
+    columns = random.dirichlet(np.ones(gain.shape[1]), RESAMPLES)
+    gains = np.einsum("rd,dn,rn->r", rows, gain, columns, optimize=True)
+    return float((gains > 1e-12).mean() + 0.5 * (np.abs(gains) <= 1e-12).mean())
+
+
+def _right(trial: Trial, score: float) -> bool:
+    return trial.anomaly == (score >= THRESHOLD)
