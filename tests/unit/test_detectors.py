@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from anomaly_workers import detectors
-from anomaly_workers.detectors import patchcore
+from anomaly_workers.detectors import padim, patchcore
 from anomaly_workers.detectors.base import Detector, Options
 from anomaly_workers.detectors.coldstart import trusted
 from anomaly_workers.detectors.maps import raw_maps, raw_scores
@@ -240,7 +240,7 @@ def test_confirmed_pictures_are_never_left_out(normals: Pictures) -> None:
 
 def test_an_unlabelled_picture_does_not_vouch_for_itself(normals: Pictures, tmp_path: Path) -> None:
     odd = surface(99, defect=True)
-    unlabelled, confirmed = (detectors.create(Options(image_size=96)) for _ in range(2))
+    unlabelled, confirmed = (detectors.create(Options("patchcore", image_size=96)) for _ in range(2))
 
     unlabelled.fit([*normals[:3], odd])  # too few to leave any out
     confirmed.fit([*normals[:3], odd], confirmed=[True] * 4)
@@ -348,3 +348,53 @@ def test_regions_are_bounded() -> None:
 
 def test_options_are_values() -> None:
     assert replace(Options(), seed=3) == Options(seed=3)
+
+
+@pytest.mark.parametrize("kind", ["patchcore", "patchcore-padim"])
+def test_what_counts_as_normal_is_calm_and_comes_back_exactly(kind: str, fitted: Callable[[str], Detector]) -> None:
+    detector = fitted(kind)
+    alarm, normal = surface(51, defect=True), surface(50)
+    [before, quiet] = detector.predict([alarm, normal])
+    patches = detector.quietening(alarm)
+    try:
+        detector.take_as_normal(patches)
+        [calm, still] = detector.predict([alarm, normal])
+        assert before.is_anomaly
+        assert not calm.is_anomaly
+        assert not calm.anomaly_map.max() >= calm.threshold
+        assert still.score == pytest.approx(quiet.score, abs=0.02), "other pictures keep their score"
+        assert detector.is_quietened(before.hottest, patches)
+        assert not detector.is_quietened(before.hottest, patches[:0])
+    finally:
+        detector.take_as_normal(patches[:0])
+    assert detector.predict([alarm, normal])[0].score == before.score
+
+
+def test_only_the_rejected_place_counts_as_normal(fitted: Callable[[str], Detector]) -> None:
+    detector = fitted("patchcore")
+    alarm = surface(51, defect=True)
+    elsewhere, there = np.zeros((48, 48), np.bool_), np.zeros((48, 48), np.bool_)
+    elsewhere[:8, 40:] = True
+    there[14:34, 2:22] = True
+    assert len(detector.quietening(alarm, elsewhere)) < len(detector.quietening(alarm, there))
+    assert 0 < len(detector.quietening(alarm, there)) <= len(detector.quietening(alarm))
+
+
+def test_a_method_that_cannot_learn_at_once_stays_as_it_is(fitted: Callable[[str], Detector]) -> None:
+    detector = fitted("padim")
+    alarm = surface(51, defect=True)
+    [before] = detector.predict([alarm])
+    detector.take_as_normal(detector.quietening(alarm))
+    assert detector.predict([alarm])[0].score == before.score
+
+
+def test_a_learnt_grid_is_taken_out_of_its_gaussians(normals: Pictures) -> None:
+    grids = torch.randn(90, 3, 3, 40, generator=torch.Generator().manual_seed(0))
+    whole, others = padim.Gaussians.learn(list(grids), seed=0), padim.Gaussians.learn(list(grids[1:]), seed=0)
+
+    plain = float(whole.distances(grids[:1]).mean())
+    left_out = float(whole.distances(grids[:1], without=[(0,)]).mean())
+
+    assert left_out == pytest.approx(float(others.distances(grids[:1]).mean()), rel=0.05)
+    assert left_out > 1.2 * plain
+    assert float(whole.distances(grids[:1], without=[()]).mean()) == plain

@@ -230,7 +230,7 @@ def predict(
 def evaluate(
     folders: Annotated[list[Path], typer.Argument(help="Classes in MVTec layout, or a folder of them.", exists=True)],
     json_: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    detector: Annotated[str, typer.Option(help="Detection method.")] = "patchcore",
+    detector: Annotated[str, typer.Option(help="Detection method.")] = "patchcore-padim",
     backbone: Annotated[str, typer.Option(help="Feature network.")] = "efficientnet_lite0",
     image_size: Annotated[int, typer.Option(help="Images are scaled to about this many pixels squared.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

@@ -47,7 +47,7 @@ class EvalOptions:
         target_fpr: false-positive rate the threshold aims at.
     """
 
-    detector: str = "patchcore"
+    detector: str = "patchcore-padim"
     backbone: str = "efficientnet_lite0"
     image_size: int = 256
     device: str = "auto"

@@ -39,7 +39,7 @@ class Settings(BaseModel):
         0, ge=0, le=64, description="Worker processes of `up` and `worker`. 0: one per GPU, or one on a CPU."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    detector: str = Field("patchcore", description="Detection method.")
+    detector: str = Field("patchcore-padim", description="Detection method.")
     backbone: str = Field("efficientnet_lite0", description="Frozen feature network: a timm or torchvision name.")
     weights: str = Field("", description="Local weight file for the backbone. Empty: the embedded package's.")
     weights_sha256: str = Field("", description="Checksum the weight file must have. Empty: not checked.")

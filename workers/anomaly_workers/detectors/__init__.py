@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from anomaly_workers.detectors.base import Detector, Options
+from anomaly_workers.detectors.joint import PatchCorePadim
 from anomaly_workers.detectors.padim import Padim
 from anomaly_workers.detectors.patchcore import PatchCore
 from anomaly_workers.detectors.patchwise import PatchwiseDetector, saved_name
@@ -14,6 +15,7 @@ from anomaly_workers.settings import Settings
 __all__ = ["DETECTORS", "Detector", "Options", "create", "load", "options"]
 
 DETECTORS: dict[str, type[PatchwiseDetector]] = {
+    "patchcore-padim": PatchCorePadim,
     "patchcore": PatchCore,
     "padim": Padim,
 }

@@ -28,7 +28,7 @@ class Options:
         seed: makes a fit repeatable.
     """
 
-    detector: str = "patchcore"
+    detector: str = "patchcore-padim"
     backbone: str = "efficientnet_lite0"
     weights: str = ""
     weights_sha256: str = ""

@@ -21,6 +21,10 @@ REGULARISATION = 0.01
 """Added to the covariance's diagonal (PaDiM, section III-B), as a share of the mean variance."""
 
 
+LEAST_SHRINK = 0.05
+"""Bound of `_left_out`: with fewer images than features it would be rounding that decides."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gaussians:
     """One Gaussian for each place of a grid.
@@ -29,11 +33,13 @@ class Gaussians:
         mean: (h, w, k).
         whitening: (h, w, k, k), the inverse Cholesky factor of the covariance.
         chosen: (k,) indices of the features in use.
+        count: how many grids they were learnt from.
     """
 
     mean: Tensor
     whitening: Tensor
     chosen: Tensor
+    count: int
 
     @classmethod
     def learn(cls, grids: Sequence[Tensor], *, seed: int, progress: Progress = no_progress) -> Self:
@@ -48,18 +54,21 @@ class Gaussians:
         for row in range(shape[0]):
             whitening[row] = _whitening(stack[:, row] - mean[row])
             progress((row + 1) / shape[0], "fitting Gaussians")
-        return cls(mean, whitening, chosen)
+        return cls(mean, whitening, chosen, len(grids))
 
     def distances(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
         """Return each patch's Mahalanobis distance (n, h, w) to the normal patches of its place.
 
-        One image among many moves a Gaussian little and cannot be taken out again: `without` is not used.
+        A grid that was learnt from is taken out of its own Gaussians, see `_left_out`.
         """
         shape = (self.mean.shape[0], self.mean.shape[1])
         centred = _regridded(grids[..., self.chosen], shape) - self.mean  # (n, h, w, k)
         places = centred.flatten(1, 2).permute(1, 2, 0)  # (h * w, k, n)
         white = torch.bmm(self.whitening.flatten(0, 1), places)  # (h * w, k, n)
-        distances = white.square().sum(dim=1).sqrt().T.reshape(len(grids), *shape)
+        squares = white.square().sum(dim=1).T.reshape(len(grids), *shape)
+        learnt = [index for index, places in enumerate(without) if places]
+        squares[learnt] = _left_out(squares[learnt], self.count)
+        distances = squares.sqrt()
         if shape == tuple(grids.shape[1:3]):
             return distances
         size = (grids.shape[1], grids.shape[2])
@@ -71,18 +80,31 @@ class Gaussians:
 
     def state(self) -> dict[str, Tensor]:
         """Return the Gaussians' tensors."""
-        return {"mean": self.mean, "whitening": self.whitening, "chosen": self.chosen}
+        count = torch.tensor(self.count)
+        return {"mean": self.mean, "whitening": self.whitening, "chosen": self.chosen, "count": count}
 
     @classmethod
     def restore(cls, state: dict[str, Tensor]) -> Self:
         """Rebuild from `state`."""
-        return cls(state["mean"], state["whitening"], state["chosen"])
+        return cls(state["mean"], state["whitening"], state["chosen"], int(state["count"]))
 
 
 class Padim(PatchwiseDetector):
     """PaDiM (Defard et al., arXiv 2011.08785): Mahalanobis distance to a Gaussian for each place of the image."""
 
     memory_type = Gaussians
+
+
+def _left_out(squares: Tensor, count: int) -> Tensor:
+    """Return squared distances of learnt patches to the Gaussians of the `count` - 1 other grids.
+
+    By Sherman and Morrison: without v the covariance C becomes C - a vv' with a = n / (n - 1)², so that q = v'C⁻¹v
+    becomes q / (1 - aq), and v itself grows by n / (n - 1) as the mean moves away. C keeps its divisor and ridge.
+    """
+    if count < 2:
+        return squares
+    shrink = (1 - count / (count - 1) ** 2 * squares).clamp_min(LEAST_SHRINK)
+    return squares / shrink * (count / (count - 1)) ** 2
 
 
 def _whitening(centred: Tensor) -> Tensor:

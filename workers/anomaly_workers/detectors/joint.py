@@ -1,0 +1,64 @@
+"""PatchCore and PaDiM on the same features: near to no remembered patch, and unlikely at its place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from torch import Tensor
+
+from anomaly_workers.detectors.padim import Gaussians
+from anomaly_workers.detectors.patchcore import Bank
+from anomaly_workers.detectors.patchwise import PatchwiseDetector
+from anomaly_workers.types import Progress, no_progress
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """A bank of patches and a Gaussian for each place.
+
+    Attributes:
+        bank: what is remembered wherever it was seen.
+        gaussians: what is likely at each place.
+    """
+
+    bank: Bank
+    gaussians: Gaussians
+
+    @classmethod
+    def learn(cls, grids: Sequence[Tensor], *, seed: int, progress: Progress = no_progress) -> Self:
+        """Learn both from grids (h, w, d)."""
+        gaussians = Gaussians.learn(grids, seed=seed)
+        return cls(Bank.learn(grids, seed=seed, progress=progress), gaussians)
+
+    def distances(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        """Return the geometric mean (n, h, w) of both distances of each patch of (n, h, w, d).
+
+        It needs no scale between the two, and is 0 where either is: a patch that counts as normal is so at any place.
+        """
+        nearest = self.bank.distances(grids, without=without)
+        return (nearest * self.gaussians.distances(grids, without=without)).sqrt()
+
+    def plus(self, patches: Tensor) -> Self:
+        """Return the same with patches (k, d) in the bank."""
+        return type(self)(self.bank.plus(patches), self.gaussians)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors of both."""
+        return self.bank.state() | self.gaussians.state()
+
+    @classmethod
+    def restore(cls, state: dict[str, Tensor]) -> Self:
+        """Rebuild from `state`."""
+        return cls(Bank.restore(state), Gaussians.restore(state))
+
+
+class PatchCorePadim(PatchwiseDetector):
+    """PatchCore (arXiv 2106.08265) and PaDiM (arXiv 2011.08785) as one: the geometric mean of their patch distances.
+
+    On train/good and pool of five classes the validated image AUROC is .957, with PatchCore alone .946 and with PaDiM
+    alone .950; sums of scores or maps with weights from 0.25 to 1 reached .951 to .956.
+    """
+
+    memory_type = Joint
