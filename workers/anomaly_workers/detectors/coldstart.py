@@ -82,7 +82,7 @@ def _scores(grids: Sequence[Tensor], keep: NDArray[np.bool_], *, seed: int) -> N
         return [_score(grids[index], bank, norms) for index in fold]
 
     scores = np.zeros(len(grids))
-    parts = folds(len(grids), seed=seed, runs=len(grids))  # all that is alike may speak for a picture here
+    parts = folds(len(grids), seed=seed)
     for fold, found in zip(parts, each(scored, parts, device=grids[0].device), strict=True):
         scores[fold] = found
     return scores

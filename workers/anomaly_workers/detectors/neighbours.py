@@ -19,6 +19,13 @@ def nearest(queries: Tensor, bank: Tensor, *, norms: Tensor | None = None, rank:
     return torch.cat(found) if found else queries.new_zeros(0)
 
 
+def nearest_rows(queries: Tensor, bank: Tensor, *, norms: Tensor | None = None) -> Tensor:
+    """Return the index (n,) of the row of bank (m, d) nearest to each query (n, d)."""
+    norms = square_norms(bank) if norms is None else norms
+    found = [torch.addmm(norms[None], chunk, bank.T, alpha=-2).argmin(dim=1) for chunk in torch.split(queries, CHUNK)]
+    return torch.cat(found)
+
+
 def square_norms(rows: Tensor) -> Tensor:
     """Return |row|² (n,) of rows (n, d)."""
     return (rows * rows).sum(dim=1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from anomaly_workers.detectors.patchwise import PatchwiseDetector
+from anomaly_workers.errors import ConfigError
 from anomaly_workers.types import Progress, no_progress
 
 DIMENSIONS = 100
@@ -21,7 +22,7 @@ REGULARISATION = 0.01
 """Added to the covariance's diagonal (PaDiM, section III-B), as a share of the mean variance."""
 
 
-LEAST_SHRINK = 0.05
+LEAST_SHRINK = 1e-4
 """Bound of `_left_out`: with fewer images than features it would be rounding that decides."""
 
 
@@ -73,6 +74,14 @@ class Gaussians:
             return distances
         size = (grids.shape[1], grids.shape[2])
         return functional.interpolate(distances[:, None], size=size, mode="bilinear")[:, 0]
+
+    def residuals(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        """Refuse: no normal patch is remembered whole.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError("PaDiM cannot learn from defects. Set ANOMALY_DETECTOR to patchcore-padim or patchcore.")
 
     def plus(self, patches: Tensor) -> Self:
         """Return itself: a few patches say nothing of a place's Gaussian."""

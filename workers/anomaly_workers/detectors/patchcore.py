@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from anomaly_workers.detectors.coreset import greedy_coreset
-from anomaly_workers.detectors.neighbours import nearest, square_norms
+from anomaly_workers.detectors.neighbours import nearest, nearest_rows, square_norms
 from anomaly_workers.detectors.patchwise import PatchwiseDetector
 from anomaly_workers.types import Progress, no_progress
 
@@ -65,6 +65,16 @@ class Bank:
         """Move the patches of some grids infinitely far away, unless there are no others."""
         gone = torch.isin(self.sources, torch.tensor(left_out, dtype=self.sources.dtype, device=self.sources.device))
         return self.norms if bool(gone.all()) else self.norms.masked_fill(gone, float("inf"))
+
+    def residuals(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        """Return each patch of (n, h, w, d) less the nearest of the bank, less what is from the grids `without`."""
+        left_out = without if any(without) else [()] * len(grids)
+        found = []
+        for grid, places in zip(grids, left_out, strict=True):
+            norms = self._norms_without(places) if places else self.norms
+            rows = nearest_rows(grid.flatten(0, 1), self.patches, norms=norms)
+            found.append(grid - self.patches[rows].view(grid.shape))
+        return torch.stack(found)
 
     def plus(self, patches: Tensor) -> Self:
         """Return a bank that holds patches (k, d) too; no learnt grid is their source."""

@@ -23,6 +23,7 @@ from anomaly_workers.detectors.base import Detector, Options
 from anomaly_workers.detectors.calibration import THRESHOLD, Calibration, calibrate
 from anomaly_workers.detectors.coldstart import trusted
 from anomaly_workers.detectors.crossfit import held_out_scores
+from anomaly_workers.detectors.deviation import Head, views
 from anomaly_workers.detectors.maps import raw_maps, raw_scores, smoothed
 from anomaly_workers.detectors.neighbours import nearest
 from anomaly_workers.detectors.parallel import each
@@ -48,6 +49,13 @@ class Memory(Protocol):
         """Return how far each patch of (n, h, w, d) is from normal, as (n, h, w).
 
         `without` names, for each of the n, the learnt grids that must not speak for it, where the method can tell.
+        """
+
+    def residuals(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        """Return each patch of (n, h, w, d) less the nearest normal one.
+
+        Raises:
+            ConfigError: the method remembers no patches.
         """
 
     def plus(self, patches: Tensor) -> Self:
@@ -76,6 +84,7 @@ class PatchwiseDetector(Detector):
         self.backbone = _backbone(options)
         self._fitted: Memory | None = None
         self._memory: Memory | None = None  # the fitted one, and what was taken as normal since
+        self._head: Head | None = None
         self._unconfirmed: dict[str, tuple[int, ...]] = {}  # fingerprint -> places among the learnt grids
         self._calibration: Calibration | None = None
 
@@ -88,29 +97,67 @@ class PatchwiseDetector(Detector):
         fingerprint: when such a picture is scored later, its own patches do not speak for it.
         """
         flags = _flags(pictures, confirmed)
-        grids = patch_grids(self.backbone, pictures, progress=_part(progress, 0.0, 0.5))
+        self.fit_grids(
+            self.grids(pictures, progress=_part(progress, 0.0, 0.5)), pictures, flags, _part(progress, 0.5, 1)
+        )
+
+    def grids(self, pictures: Sequence[Picture], *, progress: Progress = no_progress) -> list[Tensor]:
+        """Return each picture's grid (h, w, d) of patch features."""
+        return patch_grids(self.backbone, pictures, progress=progress)
+
+    def fit_grids(
+        self,
+        grids: Sequence[Tensor],
+        pictures: Sequence[Picture],
+        confirmed: Sequence[bool],
+        progress: Progress = no_progress,
+    ) -> list[int]:
+        """Do what `fit` does with grids that were computed before; return the places of those it remembers."""
         seed = self.options.seed
-        kept = trusted(grids, flags, seed=seed, progress=_part(progress, 0.5, 0.6))
+        kept = trusted(grids, confirmed, seed=seed, progress=_part(progress, 0.0, 0.2))
         normal = [grids[i] for i in kept]
-        scores = held_out_scores(self.memory_type, normal, seed=seed, progress=_part(progress, 0.6, 0.8))
-        self._fitted = self._memory = self.memory_type.learn(normal, seed=seed, progress=_part(progress, 0.8, 1.0))
+        self._fitted = self._memory = self.memory_type.learn(normal, seed=seed, progress=_part(progress, 0.2, 0.8))
+        self._head = None
+        scores = held_out_scores(self._memory, normal, progress=_part(progress, 0.8, 1.0))
         self._calibration = calibrate(scores, target_fpr=self.options.target_fpr)
-        unconfirmed = [(place, pictures[i]) for place, i in enumerate(kept) if not flags[i]]
+        unconfirmed = [(place, pictures[i]) for place, i in enumerate(kept) if not confirmed[i]]
         self._unconfirmed = _places(unconfirmed)
         progress(1.0, "fitted")
+        return kept
+
+    @property
+    def memory(self) -> Memory:
+        """What was fitted.
+
+        Raises:
+            NotFitted: before `fit` or `load`.
+        """
+        if self._fitted is None:
+            raise NotFitted("This detector has not been fitted. Call fit or load first.")
+        return self._fitted
+
+    def join(self, head: Head, held_out: Sequence[float]) -> None:
+        """Add a head's map to the distances from now on.
+
+        Args:
+            head: what was learnt from confirmed defects.
+            held_out: raw scores of normal images with the head, by a model that did not see them.
+        """
+        self._head = head
+        self._calibration = calibrate(held_out, target_fpr=self.options.target_fpr)
 
     def predict(self, pictures: Sequence[Picture]) -> list[Detection]:
         """See `Detector.predict`; pictures of one shape share a pass."""
-        if self._memory is None or self._calibration is None:
+        if self._calibration is None:
             raise NotFitted("This detector has not been fitted. Call fit or load first.")
-        memory, calibration = self._memory, self._calibration
+        calibration = self._calibration
 
         def batch(indices: list[int]) -> list[Detection]:
             with torch.inference_mode():
                 some = [pictures[index] for index in indices]
                 own = [self._unconfirmed.get(fingerprint(picture), ()) for picture in some]
                 grids = grid_batch(self.backbone, pictures, indices)  # (n, h, w, d)
-                distances = memory.distances(grids, without=own)  # (n, h, w)
+                distances = self._distances(grids, own)  # (n, h, w)
                 return _detections(some, grids, distances, calibration, threshold=self.threshold)
 
         batches = same_shapes(pictures)
@@ -119,13 +166,26 @@ class PatchwiseDetector(Detector):
             found |= dict(zip(indices, detections, strict=True))
         return [found[index] for index in range(len(pictures))]
 
+    def _distances(self, grids: Tensor, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
+        """Return how abnormal each patch of (n, h, w, d) is, in distances; a head may make it negative."""
+        fitted, memory, head = self.memory, self._memory or self.memory, self._head
+        distances = memory.distances(grids, without=without)
+        if head is None:
+            return distances
+        seen = views(grids, fitted.residuals(grids, without=without))
+        more = head.weight * (head.maps(seen) - head.zero)
+        if memory is not fitted:  # what was taken as normal since is no defect to the head either
+            calmed = distances / fitted.distances(grids, without=without).clamp_min(1e-6)
+            more = torch.where(more > 0, more * calmed.clamp_max(1), more)
+        return distances + more
+
     def quietening(self, picture: Picture, where: NDArray[np.bool_] | None = None) -> NDArray[np.float16]:
         """See `Detector.quietening`: the patches farther away than a typical normal image's score."""
-        if self._memory is None or self._calibration is None:
+        if self._calibration is None:
             raise NotFitted("This detector has not been fitted. Call fit or load first.")
         with torch.inference_mode():
             grids = grid_batch(self.backbone, [picture], [0])  # (1, h, w, d)
-            distances = self._memory.distances(grids)
+            distances = self._distances(grids)
             hot = torch.maximum(distances, smoothed(distances))[0] > self._calibration.limit - self._calibration.unit
             if where is not None:
                 hot &= _on_grid(where, (hot.shape[0], hot.shape[1])).to(hot.device)
@@ -149,7 +209,8 @@ class PatchwiseDetector(Detector):
         """See `Detector.save`."""
         if self._fitted is None or self._calibration is None:
             raise NotFitted("There is nothing to save yet. Call fit first.")
-        state = {name: tensor.cpu().contiguous() for name, tensor in self._fitted.state().items()}
+        whole = self._fitted.state() | (self._head.state() if self._head else {})
+        state = {name: tensor.cpu().contiguous() for name, tensor in whole.items()}
         safetensors.torch.save_file(state, folder / TENSORS)
         options = {**asdict(self.options), "device": "cpu"}
         card: JSON = {"options": options, "calibration": asdict(self._calibration), "threshold": self.threshold}
@@ -164,12 +225,12 @@ class PatchwiseDetector(Detector):
             options = replace(Options(**card["options"]), device=device)
             calibration, threshold = Calibration(**card["calibration"]), float(card["threshold"])
             state = safetensors.torch.load_file(folder / TENSORS, device=device)
-            memory = cls.memory_type.restore(state)
+            memory, head = cls.memory_type.restore(state), Head.restore(state)
             unconfirmed = {str(key): tuple(places) for key, places in card["unconfirmed"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             raise StoreError(f"The model in {folder} is missing or damaged ({error}). Fit it again.") from error
         detector = cls(options)
-        detector._fitted = detector._memory = memory
+        detector._fitted, detector._memory, detector._head = memory, memory, head
         detector._calibration, detector.threshold = calibration, threshold
         detector._unconfirmed = unconfirmed
         return detector

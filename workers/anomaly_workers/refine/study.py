@@ -1,0 +1,283 @@
+"""Training of the deviation head, with cross-validation over the confirmed images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from anomaly_workers.detectors.deviation import Head, views
+from anomaly_workers.detectors.maps import raw_scores
+from anomaly_workers.detectors.parallel import each
+from anomaly_workers.detectors.patchwise import Memory
+from anomaly_workers.types import Progress, no_progress
+
+FOLDS = 5
+
+HARD = 0.2
+"""Share of each normal image's patches, those farthest from normal, that the head is trained against."""
+
+RIDGE = 0.1
+"""Added to the diagonal of the normal patches' correlation matrix."""
+
+OWN = 0.8
+"""Share of a defect's own patches in its direction; the rest is the mean of all defects."""
+
+POSITIVE = 0.03
+"""Share of an image's patches that a defect without a mask is taken to have, the best scoring ones."""
+
+MOST = 60
+"""Patches that count of a defect with a mask, the best scoring ones inside."""
+
+ROUNDS = 3
+"""How often the patches of each defect are chosen with the direction that the last choice gave."""
+
+WEIGHT = 1.0
+"""A standard deviation of the head's image score counts as much as one of the bank's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A confirmed defect.
+
+    Attributes:
+        grid: (h, w, d) patch features.
+        inside: (h, w) share of each cell inside the annotators' mask; None where nobody drew.
+    """
+
+    grid: Tensor = field(repr=False)
+    inside: Tensor | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """A trained head and how it does on images it was not trained on.
+
+    Attributes:
+        head: trained on everything.
+        normals: (n,) raw scores of the normal images, each by a head that has not seen it.
+        normals_before: (n,) the same without a head.
+        lessons: (k,) raw scores of the defects, each by a head that has not seen it.
+        lessons_before: (k,) the same without a head.
+    """
+
+    head: Head
+    normals: NDArray[np.float64]
+    normals_before: NDArray[np.float64]
+    lessons: NDArray[np.float64]
+    lessons_before: NDArray[np.float64]
+
+
+def study(
+    memory: Memory,
+    normals: Sequence[Tensor],
+    lessons: Sequence[Lesson],
+    *,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Study:
+    """Train a head on what was learnt as normal and on confirmed defects, and cross-validate it.
+
+    Each defect is a direction in which the normal patches vary little: a linear discriminant between the normal
+    images' hardest patches and the defect's own. A normal patch is seen relative to what the other images remember,
+    so that its residual is no smaller than a new image's would be. Patches of a defect without a mask are chosen as in
+    multiple-instance learning, by the direction that the last choice gave (arXiv 2108.00462, section 3.2).
+
+    Args:
+        memory: what was fitted on `normals`.
+        normals: grids (h, w, d) in the order they were learnt.
+        lessons: at least one.
+        seed: makes the folds repeatable.
+        progress: told the done fraction; may raise to cancel.
+    """
+    with torch.inference_mode():
+        seen = _Seen(memory, normals, lessons, seed=seed, progress=_part(progress, 0.0, 0.5))
+        folds = range(seen.folds)
+        heads = [seen.head(without=fold) for fold in folds] if seen.folds > 1 else []
+        whole = seen.head(without=None)
+        scaled = seen.scaled([*heads, whole], progress=_part(progress, 0.5, 0.9))
+        *heads, whole = [head for head, _ in scaled]
+        by_fold = heads or [whole]  # a single defect cannot be held out: its head is never judged
+        normal_scores = np.array(
+            [scaled[seen.normal_fold[index] if heads else -1][1][index] for index in range(len(normals))]
+        )
+        lesson_scores = [
+            seen.lesson_score(index, by_fold[seen.lesson_fold[index] if heads else 0]) for index in range(len(lessons))
+        ]
+        progress(1.0, "trained")
+    return Study(
+        head=whole,
+        normals=normal_scores,
+        normals_before=np.array(seen.normals_before),
+        lessons=np.array([score for score, _ in lesson_scores]),
+        lessons_before=np.array([before for _, before in lesson_scores]),
+    )
+
+
+class _Seen:
+    """The views of all images that the head is trained on, and the normal patches' moments by fold."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        normals: Sequence[Tensor],
+        lessons: Sequence[Lesson],
+        *,
+        seed: int,
+        progress: Progress,
+    ) -> None:
+        self._memory = memory
+        self._normals = normals
+        self._device = normals[0].device
+        self.folds = min(FOLDS, len(lessons))
+        random = np.random.default_rng(seed)
+        self.normal_fold = random.permutation(len(normals)) % self.folds
+        self.lesson_fold = random.permutation(len(lessons)) % self.folds
+        self._inside = [lesson.inside for lesson in lessons]
+        self._lessons = [_look(memory, lesson.grid, ()) for lesson in lessons]
+        self._residuals: list[Tensor] = []  # of the normals, in half precision: 300 kB an image of 256 x 256 pixels
+        self._distances: list[Tensor] = []
+        self._moments = [_Moments() for _ in range(self.folds)]
+        for index, look in enumerate(each(self._look, range(len(normals)), device=self._device)):
+            residuals, distances, hard = look
+            self._residuals.append(residuals)
+            self._distances.append(distances)
+            self._moments[self.normal_fold[index]].add(hard)
+            progress((index + 1) / len(normals), "looking at normal images")
+        self.normals_before = [float(raw_scores(distances)[0]) for distances in self._distances]
+
+    def _look(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a normal image's residuals and distances without its own patches, and the views of its hardest."""
+        with torch.inference_mode():
+            grid, own = self._normals[index][None], [(index,)]
+            residuals = self._memory.residuals(grid, without=own)
+            seen = views(grid, residuals)[0].flatten(0, 1)
+            hardest = residuals.norm(dim=-1).flatten().topk(max(1, int(HARD * len(seen)))).indices
+            return residuals.half(), self._memory.distances(grid, without=own), seen[hardest]
+
+    def head(self, *, without: int | None) -> Head:
+        """Train on all folds but one; centre and spread are still to be found."""
+        chosen = [fold for fold in range(self.folds) if fold != without]
+        mean, scale, inverse = _space([self._moments[fold] for fold in chosen])
+        lessons = [index for index, fold in enumerate(self.lesson_fold) if fold != without]
+        views_of = [((self._lessons[index][0][0] - mean) / scale).flatten(0, 1) for index in lessons]
+        hot = [self._lessons[index][1][0].flatten() for index in lessons]
+        direction: Tensor | None = None
+        for _ in range(ROUNDS):
+            means = torch.stack(
+                [
+                    seen[_positives(distance if direction is None else seen @ direction, self._inside[index])].mean(0)
+                    for index, seen, distance in zip(lessons, views_of, hot, strict=True)
+                ]
+            )
+            direction = inverse @ means.mean(0)
+        directions = ((1 - OWN) * means.mean(0) + OWN * means) @ inverse
+        ones = torch.ones(len(directions), device=self._device)
+        return Head(mean, scale, directions, torch.zeros_like(ones), ones)
+
+    def scaled(self, heads: Sequence[Head], *, progress: Progress) -> list[tuple[Head, NDArray[np.float64]]]:
+        """Bring heads to the normal images' scale; return each with all normal images' raw scores under it."""
+        directions = torch.cat([head.directions / head.scale for head in heads])  # (K, D)
+        offsets = torch.cat([(head.directions / head.scale) @ head.mean for head in heads])
+        sizes = [len(head.directions) for head in heads]
+
+        def along(index: int) -> tuple[Tensor, Tensor]:
+            with torch.inference_mode():
+                seen = views(self._normals[index][None], self._residuals[index].float())[0]
+                reached = (seen @ directions.T - offsets).permute(2, 0, 1)  # (K, h, w)
+                return reached, raw_scores(reached)
+
+        maps, reached = [], []
+        for one, scores in each(along, range(len(self._normals)), device=self._device):
+            maps.append(torch.split(one, sizes))
+            reached.append(scores)
+            progress(len(maps) / len(self._normals), "comparing with normal images")
+        levels = torch.split(torch.stack(reached), sizes, dim=1)  # of each head: (n, k)
+        rows = enumerate(zip(heads, self._owns(len(heads)), strict=True))
+        return [self._joined(head, levels[place], [one[place] for one in maps], own) for place, (head, own) in rows]
+
+    def _joined(
+        self, head: Head, levels: Tensor, maps: Sequence[Tensor], own: NDArray[np.bool_]
+    ) -> tuple[Head, NDArray[np.float64]]:
+        """Scale a head by the normal images it was trained on; return it with all normal images' raw scores."""
+        mine = torch.from_numpy(own).to(levels.device)
+        centre, spread = levels[mine].mean(0), levels[mine].std(0) + 1e-6
+        deviations = [((one - centre[:, None, None]) / spread[:, None, None]).amax(0, keepdim=True) for one in maps]
+        alone = np.array([float(raw_scores(one)[0]) for one in deviations])
+        before = np.array(self.normals_before)
+        weight = WEIGHT * float(before[own].std()) / (float(alone[own].std()) + 1e-6)
+        ready = replace(head, centre=centre, spread=spread, weight=weight, zero=float(alone[own].mean()))
+        raw = [
+            float(raw_scores(distances + weight * (deviation - ready.zero))[0])
+            for distances, deviation in zip(self._distances, deviations, strict=True)
+        ]
+        return ready, np.array(raw)
+
+    def _owns(self, heads: int) -> list[NDArray[np.bool_]]:
+        """For each head, the normal images it was trained on; the last one has seen all."""
+        everything = np.ones(len(self._normals), np.bool_)
+        return [self.normal_fold != fold for fold in range(heads - 1)] + [everything]
+
+    def lesson_score(self, index: int, head: Head) -> tuple[float, float]:
+        """Return a defect's raw score with a head, and without."""
+        seen, distances = self._lessons[index]
+        joined = distances + head.weight * (head.maps(seen) - head.zero)
+        return float(raw_scores(joined)[0]), float(raw_scores(distances)[0])
+
+
+class _Moments:
+    """Count, sum (D,) and second moment (D, D) of rows."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total: Tensor = torch.zeros(())
+        self.outer: Tensor = torch.zeros(())
+
+    def add(self, rows: Tensor) -> None:
+        self.count += len(rows)
+        self.total = self.total.to(rows.device) + rows.sum(0, dtype=torch.float64)
+        self.outer = self.outer.to(rows.device) + (rows.T @ rows).double()
+
+
+def _space(moments: Sequence[_Moments]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean (D,), standard deviation (D,) and the ridged inverse (D, D) of the correlation."""
+    count = sum(one.count for one in moments)
+    mean = torch.stack([one.total for one in moments]).sum(0) / count
+    covariance = torch.stack([one.outer for one in moments]).sum(0) / count - torch.outer(mean, mean)
+    scale = covariance.diagonal().clamp_min(0).sqrt() + 1e-6
+    correlation = covariance / torch.outer(scale, scale)
+    eye = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
+    inverse = torch.linalg.inv(correlation + RIDGE * eye)
+    return mean.float(), scale.float(), inverse.float()
+
+
+def _look(memory: Memory, grid: Tensor, places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return the views (1, h, w, D) and distances (1, h, w) of one grid, its own patches left out."""
+    left_out = [places]
+    return (
+        views(grid[None], memory.residuals(grid[None], without=left_out)),
+        memory.distances(grid[None], without=left_out),
+    )
+
+
+def _positives(scores: Tensor, inside: Tensor | None) -> Tensor:
+    """Return the indices of the patches (h * w) that show the defect."""
+    if inside is None:
+        return scores.topk(max(1, int(POSITIVE * len(scores)))).indices
+    shares = inside.flatten()
+    there = (shares >= min(0.5, 0.5 * float(shares.max()))).nonzero()[:, 0]
+    return there[scores[there].topk(min(len(there), MOST)).indices]
+
+
+def inside_cells(mask: NDArray[np.bool_], shape: tuple[int, int]) -> Tensor:
+    """Return the share (h, w) of each cell of a grid that is inside a mask of any resolution."""
+    return functional.interpolate(torch.from_numpy(mask.astype(np.float32))[None, None], size=shape, mode="area")[0, 0]
+
+
+def _part(progress: Progress, start: float, stop: float) -> Progress:
+    return lambda fraction, stage: progress(start + (stop - start) * fraction, stage)
