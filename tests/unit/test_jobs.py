@@ -9,13 +9,10 @@ import numpy as np
 import pytest
 
 from anomaly_workers import jobs, sweep
-from anomaly_workers.labelstudio import config
 from anomaly_workers.queues import JOBS
 from anomaly_workers.settings import load_settings
 
 ENQUEUED = {"score": {"project", "version", "tasks"}, "fit": {"project", "run"}, "feedback": {"project"}}
-CONFIG = """<View><Image name="i" value="$i"/><Choices name="v" toName="i"><Choice value="normal"/>
-<Choice value="anomaly"/></Choices></View>"""
 
 
 def test_every_queued_name_is_an_allowed_function_and_nothing_else_is() -> None:
@@ -27,24 +24,6 @@ def test_a_job_takes_what_its_enqueue_function_sends(kind: str) -> None:
     parameters = inspect.signature(jobs.ALLOWED[JOBS[kind]]).parameters.values()
     keywords = {parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY}
     assert keywords == ENQUEUED[kind]
-
-
-@pytest.mark.parametrize(
-    ("said", "together"),
-    [
-        ([["normal"]], False),
-        ([["anomaly"], ["anomaly"]], True),
-        ([["normal"], ["anomaly"]], None),
-        ([[]], None),
-        ([[], ["normal"]], False),
-    ],
-)
-def test_annotators_who_disagree_confirm_nothing(said: list[list[str]], together: bool | None) -> None:
-    annotations = [
-        {"result": [{"from_name": "v", "to_name": "i", "type": "choices", "value": {"choices": choices}}]}
-        for choices in said
-    ]
-    assert sweep.verdict(annotations, config.parse(CONFIG)) is together
 
 
 class Clock:

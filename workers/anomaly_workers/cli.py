@@ -236,10 +236,15 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
     contamination: Annotated[float, typer.Option(help="Share of training images replaced by defects.")] = 0.0,
+    shots: Annotated[str, typer.Option(help="Numbers of confirmed defects to learn from, e.g. 0,1,5,10.")] = "",
+    seeds: Annotated[int, typer.Option(help="Draws for each number of shots.", min=1)] = 5,
+    masks: Annotated[bool, typer.Option(help="Use the ground truth of the shots, or their verdicts alone.")] = True,
+    unseen: Annotated[str, typer.Option(help="Defect type that is never among the shots.")] = "",
 ) -> None:
-    """Fit on train/good, score test/, print and write the metrics of each class."""
+    """Fit on train/good, score test/, print and write the metrics of each class; with --shots also learn from pool/."""
     stack.require("torch", extra="workers")
     from anomaly_workers import evaluate as evaluation
+    from anomaly_workers import shots as few
 
     options = evaluation.EvalOptions(
         detector=detector,
@@ -249,7 +254,12 @@ def evaluate(
         seed=seed,
         contamination=contamination,
     )
-    figures = evaluation.evaluate(folders, options, console=console)
+    figures: Any
+    if shots:
+        drawn = few.ShotOptions(shots=_numbers(shots), seeds=seeds, masks=masks, unseen=unseen)
+        figures = few.evaluate_shots(folders, options, drawn, console=console)
+    else:
+        figures = evaluation.evaluate(folders, options, console=console)
     if json_ is not None:
         json_.write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -316,6 +326,13 @@ def rollback(project: ProjectOption) -> None:
 
 
 # -- helpers
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--shots takes numbers with commas between, e.g. 0,1,5,10, not {text!r}.") from None
 
 
 def _settings(**overrides: Any) -> Settings:

@@ -108,7 +108,7 @@ def evaluate(folders: Sequence[Path], options: EvalOptions, *, console: Console 
 def evaluate_class(one: ClassFolder, options: EvalOptions, *, bars: Progress | None = None) -> Figures:
     """Return one class's figures."""
     bars = bars or Progress(disable=True)
-    detector = detectors.create(_detector_options(options))
+    detector = detectors.create(detector_options(options))
     task = bars.add_task(f"{one.name}: fit", total=1.0)
     start = time.perf_counter()
     train = _training_files(one, options)
@@ -185,7 +185,7 @@ def read_class(folder: Path) -> ClassFolder:
         train=tuple(train),
         test=tuple(test),
         labels=tuple(path.parent.name != "good" for path in test),
-        masks=tuple(_mask_file(folder, path) for path in test),
+        masks=tuple(mask_file(folder, path) for path in test),
         pool=tuple(path for kind in sorted(_children(folder / "pool")) for path in image_files(kind)),
     )
 
@@ -213,7 +213,8 @@ def _check(options: EvalOptions, classes: Sequence[ClassFolder]) -> None:
         raise ConfigError(f"Contamination needs defects in pool/, which {', '.join(without)} lacks. Leave it out.")
 
 
-def _detector_options(options: EvalOptions) -> detectors.Options:
+def detector_options(options: EvalOptions) -> detectors.Options:
+    """Return what the options say about the detector."""
     return detectors.Options(
         detector=options.detector,
         backbone=options.backbone,
@@ -247,18 +248,20 @@ def _masked(
         values = detection.anomaly_map
         if file is None and label:
             continue
-        masks.append(np.zeros(values.shape, np.bool_) if file is None else _read_mask(file, values.shape))
+        masks.append(np.zeros(values.shape, np.bool_) if file is None else read_mask(file, values.shape))
         maps.append(values)
     return masks, maps
 
 
-def _read_mask(file: Path, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+def read_mask(file: Path, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Return a ground-truth mask at a shape (height, width)."""
     with Image.open(file) as image:
         small = image.convert("L").resize((shape[1], shape[0]), Image.Resampling.NEAREST)
     return np.asarray(small) > 127
 
 
-def _mask_file(folder: Path, image: Path) -> Path | None:
+def mask_file(folder: Path, image: Path) -> Path | None:
+    """Return the ground truth of an image of the class in `folder`, None where there is none."""
     kind = folder / "ground_truth" / image.parent.name
     names = (f"{image.stem}_mask.png", f"{image.stem}.png")
     return next((kind / name for name in names if (kind / name).is_file()), None)

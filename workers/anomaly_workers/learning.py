@@ -2,65 +2,262 @@
 
 from __future__ import annotations
 
+import platform
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import cast
 
-import numpy as np
+from torch import Tensor
 
 from anomaly_workers import scoring, sweep
 from anomaly_workers.counters import count
-from anomaly_workers.runtime import Runtime
-from anomaly_workers.types import Progress
+from anomaly_workers.detectors.patchwise import PatchwiseDetector
+from anomaly_workers.feedback import Example, FeedbackLog
+from anomaly_workers.refine import gate
+from anomaly_workers.refine.study import Lesson, inside_cells, study
+from anomaly_workers.runtime import Runtime, Session
+from anomaly_workers.sweep import TrainingTasks
+from anomaly_workers.types import JSON, Picture, Progress, no_progress
+
+COURTESY_SECONDS = 60.0
+"""Longest that a learning run on a GPU steps aside for scoring at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """An image that annotators agree on, decoded."""
+
+    example: Example
+    picture: Picture = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A fitted detector with its scores of confirmed images that it has not seen, by task."""
+
+    detector: PatchwiseDetector = field(repr=False)
+    scores: Mapping[int, float] = field(repr=False)
+    kind: str
 
 
 def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict[str, int | str]:
-    """Fit a new version on what is known to be normal, or, before anybody looked, on the project's own images.
+    """Fit a version on what is known to be normal, train its head on confirmed defects, deploy it if it is better.
 
     `run` says why: "first" (no version yet), "growth" (many more images than the last fit saw), "training" (somebody
-    pressed Start training).
+    pressed Start training), "feedback" (enough new verdicts). A version that does not pass the gate is kept with the
+    reason on its card, and may still be promoted by hand.
     """
     session = runtime.session(project)
-    progress(0.0, "listing tasks")
-    chosen = sweep.training_tasks(session.client, session.controls, project, limit=runtime.settings.max_fit_images)
-    count_now = len(chosen.tasks)
     if session.store.current and run == "first":
         return {"skipped": "there is a version already"}
-    if not session.store.current and not sweep.may_fit(count_now, project, runtime.redis, runtime.settings):
-        return {"waiting": f"{count_now} images are few: waiting whether more come"}
-    detector = runtime.new_detector()
+    polite = _courteous(runtime, progress)
+    polite(0.0, "reading annotations")
+    log = FeedbackLog(session.store)
+    log.reconcile(session.client, session.controls)
+    examples, seen = log.examples(), max((entry.seq for entry in log.entries()), default=0)
+    chosen = sweep.training_tasks(session.client, session.store, examples, limit=runtime.settings.max_fit_images)
+    if not session.store.current and not sweep.may_fit(len(chosen.tasks), project, runtime.redis, runtime.settings):
+        return {"waiting": f"{len(chosen.tasks)} images are few: waiting whether more come"}
     began = time.monotonic()
+    detector = cast("PatchwiseDetector", runtime.new_detector())
     pictures = scoring.gather(
-        runtime, session, chosen.tasks, side=detector.side, progress=scoring.part(progress, 0.0, 0.3, "fetching images")
+        runtime, session, chosen.tasks, side=detector.side, progress=scoring.part(polite, 0.0, 0.25, "fetching images")
     )
     usable = [index for index, picture in enumerate(pictures) if picture is not None]
     if len(usable) < 2:
         return {"waiting": len(usable)}
-    confirmed = [chosen.confirmed[index] for index in usable]
-    detector.fit(
+    normals = {chosen.tasks[index].id: pictures[index] for index in usable}
+    confirmed = _confirmed(runtime, session, detector, examples, normals)
+    tasks = [chosen.tasks[index].id for index in usable]
+    flags = [chosen.confirmed[index] for index in usable]
+    candidates = _candidates(
+        runtime,
+        detector,
+        tasks,
         [picture for picture in pictures if picture is not None],
-        confirmed=confirmed if any(confirmed) else (),
-        progress=scoring.part(progress, 0.3, 0.95),
+        flags,
+        confirmed,
+        scoring.part(polite, 0.25, 0.9),
     )
-    card = {
+    winner, decision = _choose(runtime, session, candidates, confirmed)
+    promote = decision is None or decision.promote
+    card = _card(runtime, chosen, tasks, flags, confirmed, winner, run) | {
+        "fit_seconds": round(time.monotonic() - began, 2),
+        "parent": session.store.current or None,
+        "feedback": seen,
+        "decision": decision.card() if decision else {"promote": True, "reason": _ungated(session, run)},
+    }
+    with session.store.new_version() as scratch:
+        winner.detector.save(scratch)
+        version = session.store.publish(scratch, card)
+    session.store.keep_learnt(seen)
+    count(runtime.redis, "fits")
+    if not promote:
+        return {"version": version, "kept back": card["decision"]["reason"]}
+    runtime.keep_warm(project, version, winner.detector)
+    session.store.roll_out(version)
+    polite(0.98, "queueing open tasks")
+    sweep.sweep_project(session.client, session.store, runtime.queues, runtime.settings)
+    return {"version": version, "images": len(usable)}
+
+
+def _candidates(
+    runtime: Runtime,
+    detector: PatchwiseDetector,
+    tasks: Sequence[int],
+    pictures: Sequence[Picture],
+    flags: Sequence[bool],
+    confirmed: Sequence[Confirmed],
+    progress: Progress,
+) -> list[Candidate]:
+    """Fit the bank and, on confirmed defects, a head; return both, the one with a head first."""
+    grids = detector.grids(pictures, progress=scoring.part(progress, 0.0, 0.3))
+    kept = detector.fit_grids(grids, pictures, flags, scoring.part(progress, 0.3, 0.6))
+    defects = [one for one in confirmed if one.example.anomaly]
+    normals_by_place = {tasks[i]: place for place, i in enumerate(kept)}
+    wanted = [one.example.task for one in confirmed if one.example.anomaly is False]
+    inside = [task for task in wanted if task in normals_by_place]
+    outside = [one for one in confirmed if one.example.anomaly or one.example.task not in normals_by_place]
+    found = detector.predict([one.picture for one in outside])
+    bank = Candidate(
+        detector,
+        {one.example.task: detection.score for one, detection in zip(outside, found, strict=True)}
+        | {task: detector.held_out[normals_by_place[task]] for task in inside},
+        "bank",
+    )
+    if not defects or not detector.learns_defects:
+        return [bank]
+    lesson_grids = detector.grids([one.picture for one in defects])
+    lessons = [Lesson(grid, _inside(one.example, grid)) for one, grid in zip(defects, lesson_grids, strict=True)]
+    normal_grids = [grids[i] for i in kept]
+    taught = study(detector.memory, normal_grids, lessons, progress=scoring.part(progress, 0.6, 1.0))
+    joined = detector.joined(taught.head, taught.normals.tolist())
+    scores = {task: joined.held_out[normals_by_place[task]] for task in inside}
+    scores |= {
+        one.example.task: joined.calibrated(float(raw)) for one, raw in zip(defects, taught.lessons, strict=True)
+    }
+    rest = [one for one in outside if not one.example.anomaly]
+    scores |= {
+        one.example.task: detection.score
+        for one, detection in zip(rest, joined.predict([one.picture for one in rest]), strict=True)
+    }
+    return [Candidate(joined, scores, "bank and head"), bank]
+
+
+def _choose(
+    runtime: Runtime, session: Session, candidates: Sequence[Candidate], confirmed: Sequence[Confirmed]
+) -> tuple[Candidate, gate.Decision | None]:
+    """Return the first candidate that the gate lets pass, else the first; None where there is nothing to compare."""
+    if not session.store.current or not confirmed:
+        return candidates[-1], None
+    champion = _champion_scores(runtime, session, confirmed)
+    decided = [(candidate, gate.decide(_trials(confirmed, champion, candidate.scores))) for candidate in candidates]
+    return next(((one, decision) for one, decision in decided if decision.promote), decided[0])
+
+
+def _trials(
+    confirmed: Sequence[Confirmed], champion: Mapping[int, float], challenger: Mapping[int, float]
+) -> list[gate.Trial]:
+    return [
+        gate.Trial(
+            task=one.example.task,
+            anomaly=bool(one.example.anomaly),
+            champion=champion[one.example.task],
+            challenger=challenger[one.example.task],
+        )
+        for one in confirmed
+    ]
+
+
+def _champion_scores(runtime: Runtime, session: Session, confirmed: Sequence[Confirmed]) -> dict[int, float]:
+    """Return the deployed version's score of each image, the one it had before it learnt from it where it did."""
+    card = session.store.card(session.store.current)
+    held_out = {int(task): float(score) for task, score in card.get("held_out", {}).items()}
+    rest = [one for one in confirmed if one.example.task not in held_out]
+    detector = runtime.published(session.store.id, session.store.current)
+    found = detector.predict([one.picture for one in rest])
+    return held_out | {one.example.task: detection.score for one, detection in zip(rest, found, strict=True)}
+
+
+def _confirmed(
+    runtime: Runtime,
+    session: Session,
+    detector: PatchwiseDetector,
+    examples: Sequence[Example],
+    known: Mapping[int, Picture | None],
+) -> list[Confirmed]:
+    """Return the images with a verdict that holds; those that cannot be read are left out, with a noted failure."""
+    agreed = {example.task: example for example in examples if example.anomaly is not None}
+    pictures = dict(known)
+    tasks = session.client.tasks(session.store.id, sorted(agreed.keys() - known.keys()))
+    read = scoring.gather(runtime, session, tasks, side=detector.side, progress=no_progress) if tasks else []
+    pictures |= {task.id: picture for task, picture in zip(tasks, read, strict=True)}
+    return [
+        Confirmed(example, picture) for task, example in agreed.items() if (picture := pictures.get(task)) is not None
+    ]
+
+
+def _card(
+    runtime: Runtime,
+    chosen: TrainingTasks,
+    tasks: Sequence[int],
+    flags: Sequence[bool],
+    confirmed: Sequence[Confirmed],
+    winner: Candidate,
+    run: str,
+) -> JSON:
+    defects = [one.example for one in confirmed if one.example.anomaly]
+    return {
         "detector": runtime.settings.detector,
         "backbone": runtime.settings.backbone,
         "image_size": runtime.settings.image_size,
+        "seed": winner.detector.options.seed,
         "run": run,
-        "mode": "confirmed normals" if all(confirmed) else "cold start",
-        "images": len(usable),
-        "confirmed": int(np.count_nonzero(confirmed)),
-        "tasks": [chosen.tasks[index].id for index in usable],
+        "kind": winner.kind,
+        "mode": "confirmed normals" if all(flags) else "cold start",
+        "images": len(tasks),
+        "confirmed": sum(flags),
+        "defects": len(defects),
+        "defects_with_mask": sum(example.defect is not None for example in defects),
+        "tasks": list(tasks),
+        "annotations": sorted(one for item in confirmed for one in item.example.annotations),
+        "held_out": {str(task): round(score, 6) for task, score in winner.scores.items()},
         "project_images": chosen.available,
-        "threshold": detector.threshold,
+        "threshold": winner.detector.threshold,
         "target_fpr": runtime.settings.target_fpr,
-        "fit_seconds": round(time.monotonic() - began, 2),
-        "parent": session.store.current or None,
+        "code": metadata.version("label-studio-anomaly"),
+        "torch": metadata.version("torch"),
+        "python": platform.python_version(),
     }
-    with session.store.new_version() as scratch:
-        detector.save(scratch)
-        version = session.store.publish(scratch, card)
-    runtime.keep_warm(project, version, detector)
-    session.store.roll_out(version)
-    count(runtime.redis, "fits")
-    progress(0.98, "queueing open tasks")
-    sweep.sweep_project(session.client, session.store, runtime.queues, runtime.settings)
-    return {"version": version, "images": len(usable)}
+
+
+def _ungated(session: Session, run: str) -> str:
+    if not session.store.current:
+        return "first version"
+    return f"{run}: nothing is confirmed yet that versions could be compared on"
+
+
+def _inside(example: Example, grid: Tensor) -> Tensor | None:
+    if example.defect is None:
+        return None
+    return inside_cells(example.defect, (grid.shape[0], grid.shape[1])).to(grid.device)
+
+
+def _courteous(runtime: Runtime, progress: Progress) -> Progress:
+    """Step aside, on a GPU, as long as images wait to be scored; on a CPU the operating system sees to it."""
+    if runtime.device == "cpu":
+        return progress
+
+    def polite(fraction: float, stage: str) -> None:
+        progress(fraction, stage)
+        until = time.monotonic() + COURTESY_SECONDS
+        while time.monotonic() < until:
+            depth = runtime.queues.depth()
+            if not depth["interactive"] + depth["score"]:
+                return
+            progress(fraction, "waiting: scoring goes first")
+            time.sleep(0.2)
+
+    return polite

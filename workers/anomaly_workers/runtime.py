@@ -92,6 +92,11 @@ class Runtime:
             self._calmed.pop(dropped, None)
         return self._detectors[key]
 
+    def published(self, project: int, version: str) -> Detector:
+        """Load a version as it was published, without what annotators rejected since."""
+        kind = detectors.DETECTORS[str(self.store.project(project).card(version)["detector"])]
+        return kind.load(self.store.project(project).version_folder(version), device=self.device)
+
     def _take_calmed(self, key: tuple[int, str]) -> None:
         """Bring a detector up to date with what annotators rejected since."""
         project, version = key

@@ -22,17 +22,17 @@ from anomaly_workers import lifeline, push, queues, server
 from anomaly_workers.client import Client, Project
 from anomaly_workers.counters import count
 from anomaly_workers.errors import AnomalyError, LabelStudioError
-from anomaly_workers.feedback import FeedbackLog
-from anomaly_workers.labelstudio import config, decode
+from anomaly_workers.feedback import Example, FeedbackLog
+from anomaly_workers.labelstudio import config
 from anomaly_workers.queues import Queues
 from anomaly_workers.settings import Settings, load_settings
 from anomaly_workers.store import ProjectStore, Store
-from anomaly_workers.types import JSON, Controls, Task
+from anomaly_workers.types import Task
 
 logger = logging.getLogger(__name__)
 
 ENOUGH_NORMALS = 20
-"""Confirmed normal images from which on nothing unconfirmed is fitted on."""
+"""Fewest confirmed normal images without which nothing unconfirmed is fitted on."""
 
 GROWTH = 2.0
 """A version fitted on few images is replaced once the project has this many times as many."""
@@ -92,7 +92,7 @@ def sweep_project(
     busy = queue.busy(store.id, store.target)
     if not again:
         busy |= queue.given_up(store.id, store.target)
-    queue.enqueue_score(store.id, store.target, [task for task in due if task.id not in busy])
+    queue.enqueue_score(store.id, store.target, _by_priority(store, [task for task in due if task.id not in busy]))
     if not due:
         if store.rollout:
             finish_rollout(client, store, queue.connection)
@@ -134,19 +134,25 @@ def tidy(client: Client, store: ProjectStore, info: Project, connection: Redis) 
                     client.delete_prediction(prediction)
 
 
-def training_tasks(client: Client, controls: Controls, project: int, *, limit: int) -> TrainingTasks:
-    """Choose what to fit on: confirmed normals if there are enough, otherwise with them every unlabelled image."""
-    annotated = list(client.annotated_tasks(project))
-    normal = [item.task for item in annotated if verdict(item.annotations, controls) is False]
-    labelled = {item.task.id for item in annotated}
-    unlabelled = [task for task in client.open_tasks(project) if task.id not in labelled]
-    chosen = normal if len(normal) >= ENOUGH_NORMALS else sorted([*normal, *unlabelled], key=lambda task: task.id)
-    known = {task.id for task in normal}
+def training_tasks(client: Client, store: ProjectStore, examples: Sequence[Example], *, limit: int) -> TrainingTasks:
+    """Choose what to fit on: confirmed normals if there are enough, otherwise with them unlabelled images.
+
+    Enough is half of what the deployed version was fitted on. Until then its unlabelled images stay in, for a few
+    confirmed ones cover less than the many did. Images with a verdict of "anomaly" or none that holds are left out.
+    """
+    project = store.id
+    confirmed = {example.task for example in examples if example.anomaly is False}
+    judged = {example.task for example in examples}
+    normal = client.tasks(project, sorted(confirmed))
+    unlabelled = [task for task in client.open_tasks(project) if task.id not in judged]
+    fitted = int(store.card(store.current)["images"]) if store.current else 0
+    enough = len(normal) >= max(ENOUGH_NORMALS, fitted // 2)
+    chosen = normal if enough else sorted([*normal, *unlabelled], key=lambda task: task.id)
     sample = _evenly(chosen, limit)
     return TrainingTasks(
         tasks=tuple(sample),
-        confirmed=tuple(task.id in known for task in sample),
-        available=len(labelled) + len(unlabelled),
+        confirmed=tuple(task.id in confirmed for task in sample),
+        available=len(judged) + len(unlabelled),
     )
 
 
@@ -167,12 +173,6 @@ def may_learn(store: ProjectStore, log: FeedbackLog, settings: Settings) -> bool
     newest = max(datetime.fromisoformat(entry.at) for entry in new.values())
     quiet = (datetime.now(UTC) - newest).total_seconds()
     return len(new) >= settings.learn_after or quiet >= settings.learn_quiet_seconds
-
-
-def verdict(annotations: Sequence[JSON], controls: Controls) -> bool | None:
-    """Return what the annotators of a task say together: True for anomaly, None when they disagree or say nothing."""
-    said = {decode.verdict(annotation["result"], controls) for annotation in annotations} - {None}
-    return said.pop() if len(said) == 1 else None
 
 
 def may_fit(images: int, project: int, connection: Redis, settings: Settings) -> bool:
@@ -262,6 +262,18 @@ def _may_have_doubles(store: ProjectStore, stored: Mapping[str, int], connection
     more = stored.get(store.current, 0) > store.pushed(store.current)
     regular = connection.set(f"anomaly:doubles:{store.id}", 1, nx=True, ex=DOUBLES_SECONDS)
     return more or bool(regular)
+
+
+def _by_priority(store: ProjectStore, tasks: Sequence[Task]) -> Sequence[Task]:
+    """Put first what the deployed version is least sure of: somebody will look there next."""
+    if not store.rollout or not store.current:
+        return tasks
+
+    def confidence(task: Task) -> float:
+        record = store.record(store.current, task.id)
+        return float(record["score"]) if record else 0.0
+
+    return sorted(tasks, key=confidence)
 
 
 def _evenly(items: Sequence[Task], limit: int) -> Sequence[Task]:

@@ -40,9 +40,10 @@ class Joint:
         nearest = self.bank.distances(grids, without=without)
         return (nearest * self.gaussians.distances(grids, without=without)).sqrt()
 
-    def residuals(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
-        """Return each patch of (n, h, w, d) less the nearest of the bank."""
-        return self.bank.residuals(grids, without=without)
+    def looked_up(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, Tensor]:
+        """Return `distances` and each patch of (n, h, w, d) less the nearest of the bank, from one search."""
+        nearest, residuals = self.bank.looked_up(grids, without=without)
+        return (nearest * self.gaussians.distances(grids, without=without)).sqrt(), residuals
 
     def plus(self, patches: Tensor) -> Self:
         """Return the same with patches (k, d) in the bank."""

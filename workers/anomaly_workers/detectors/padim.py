@@ -75,7 +75,7 @@ class Gaussians:
         size = (grids.shape[1], grids.shape[2])
         return functional.interpolate(distances[:, None], size=size, mode="bilinear")[:, 0]
 
-    def residuals(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
+    def looked_up(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, Tensor]:
         """Refuse: no normal patch is remembered whole.
 
         Raises:
@@ -102,6 +102,7 @@ class Padim(PatchwiseDetector):
     """PaDiM (Defard et al., arXiv 2011.08785): Mahalanobis distance to a Gaussian for each place of the image."""
 
     memory_type = Gaussians
+    learns_defects = False
 
 
 def _left_out(squares: Tensor, count: int) -> Tensor:

@@ -66,15 +66,16 @@ class Bank:
         gone = torch.isin(self.sources, torch.tensor(left_out, dtype=self.sources.dtype, device=self.sources.device))
         return self.norms if bool(gone.all()) else self.norms.masked_fill(gone, float("inf"))
 
-    def residuals(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
-        """Return each patch of (n, h, w, d) less the nearest of the bank, less what is from the grids `without`."""
+    def looked_up(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, Tensor]:
+        """Return `distances` and each patch of (n, h, w, d) less the nearest of the bank, from one search."""
         left_out = without if any(without) else [()] * len(grids)
         found = []
         for grid, places in zip(grids, left_out, strict=True):
             norms = self._norms_without(places) if places else self.norms
             rows = nearest_rows(grid.flatten(0, 1), self.patches, norms=norms)
             found.append(grid - self.patches[rows].view(grid.shape))
-        return torch.stack(found)
+        residuals = torch.stack(found)
+        return residuals.norm(dim=-1), residuals
 
     def plus(self, patches: Tensor) -> Self:
         """Return a bank that holds patches (k, d) too; no learnt grid is their source."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -51,8 +52,8 @@ class Memory(Protocol):
         `without` names, for each of the n, the learnt grids that must not speak for it, where the method can tell.
         """
 
-    def residuals(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
-        """Return each patch of (n, h, w, d) less the nearest normal one.
+    def looked_up(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, Tensor]:
+        """Return `distances` and each patch of (n, h, w, d) less the nearest normal one, from one search.
 
         Raises:
             ConfigError: the method remembers no patches.
@@ -73,9 +74,15 @@ class PatchwiseDetector(Detector):
     """A detector that is a frozen backbone, a memory of normal patches and a calibration.
 
     Subclasses name their kind of memory.
+
+    Attributes:
+        learns_defects: whether `memory.looked_up` works, which a head needs.
+        held_out: after a fit, the score of each remembered picture by what was learnt from the others; not saved.
     """
 
     memory_type: type[Memory]
+    learns_defects = True
+    held_out: tuple[float, ...] = ()
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -118,8 +125,7 @@ class PatchwiseDetector(Detector):
         normal = [grids[i] for i in kept]
         self._fitted = self._memory = self.memory_type.learn(normal, seed=seed, progress=_part(progress, 0.2, 0.8))
         self._head = None
-        scores = held_out_scores(self._memory, normal, progress=_part(progress, 0.8, 1.0))
-        self._calibration = calibrate(scores, target_fpr=self.options.target_fpr)
+        self._calibrate(held_out_scores(self._memory, normal, progress=_part(progress, 0.8, 1.0)))
         unconfirmed = [(place, pictures[i]) for place, i in enumerate(kept) if not confirmed[i]]
         self._unconfirmed = _places(unconfirmed)
         progress(1.0, "fitted")
@@ -136,21 +142,44 @@ class PatchwiseDetector(Detector):
             raise NotFitted("This detector has not been fitted. Call fit or load first.")
         return self._fitted
 
-    def join(self, head: Head, held_out: Sequence[float]) -> None:
-        """Add a head's map to the distances from now on.
+    def joined(self, head: Head, held_out: Sequence[float]) -> Self:
+        """Return a detector of the same memory that adds a head's map to the distances.
 
         Args:
             head: what was learnt from confirmed defects.
             held_out: raw scores of normal images with the head, by a model that did not see them.
         """
-        self._head = head
+        other = copy.copy(self)
+        other._head = head
+        other._calibrate(held_out)
+        return other
+
+    def calibrated(self, raw: float) -> float:
+        """Return the score in [0, 1] of a raw one.
+
+        Raises:
+            NotFitted: before `fit` or `load`.
+        """
+        return self.calibration.score(raw)
+
+    @property
+    def calibration(self) -> Calibration:
+        """From raw scores to calibrated ones.
+
+        Raises:
+            NotFitted: before `fit` or `load`.
+        """
+        if self._calibration is None:
+            raise NotFitted("This detector has not been fitted. Call fit or load first.")
+        return self._calibration
+
+    def _calibrate(self, held_out: Sequence[float]) -> None:
         self._calibration = calibrate(held_out, target_fpr=self.options.target_fpr)
+        self.held_out = tuple(self._calibration.score(raw) for raw in held_out)
 
     def predict(self, pictures: Sequence[Picture]) -> list[Detection]:
         """See `Detector.predict`; pictures of one shape share a pass."""
-        if self._calibration is None:
-            raise NotFitted("This detector has not been fitted. Call fit or load first.")
-        calibration = self._calibration
+        calibration = self.calibration
 
         def batch(indices: list[int]) -> list[Detection]:
             with torch.inference_mode():
@@ -158,7 +187,7 @@ class PatchwiseDetector(Detector):
                 own = [self._unconfirmed.get(fingerprint(picture), ()) for picture in some]
                 grids = grid_batch(self.backbone, pictures, indices)  # (n, h, w, d)
                 distances = self._distances(grids, own)  # (n, h, w)
-                return _detections(some, grids, distances, calibration, threshold=self.threshold)
+                return _detections(some, _hottest(grids, distances), distances, calibration, threshold=self.threshold)
 
         batches = same_shapes(pictures)
         found: dict[int, Detection] = {}
@@ -169,24 +198,23 @@ class PatchwiseDetector(Detector):
     def _distances(self, grids: Tensor, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
         """Return how abnormal each patch of (n, h, w, d) is, in distances; a head may make it negative."""
         fitted, memory, head = self.memory, self._memory or self.memory, self._head
-        distances = memory.distances(grids, without=without)
         if head is None:
-            return distances
-        seen = views(grids, fitted.residuals(grids, without=without))
-        more = head.weight * (head.maps(seen) - head.zero)
-        if memory is not fitted:  # what was taken as normal since is no defect to the head either
-            calmed = distances / fitted.distances(grids, without=without).clamp_min(1e-6)
-            more = torch.where(more > 0, more * calmed.clamp_max(1), more)
-        return distances + more
+            return memory.distances(grids, without=without)
+        distances, residuals = fitted.looked_up(grids, without=without)
+        more = head.weight * (head.maps(views(grids, residuals)) - head.zero)
+        if memory is fitted:
+            return distances + more
+        calm = memory.distances(grids, without=without)  # what was taken as normal is no defect to the head either
+        shrunk = more * (calm / distances.clamp_min(1e-6)).clamp_max(1)
+        return calm + torch.where(more > 0, shrunk, more)
 
     def quietening(self, picture: Picture, where: NDArray[np.bool_] | None = None) -> NDArray[np.float16]:
         """See `Detector.quietening`: the patches farther away than a typical normal image's score."""
-        if self._calibration is None:
-            raise NotFitted("This detector has not been fitted. Call fit or load first.")
+        level = self.calibration.limit - self.calibration.unit
         with torch.inference_mode():
             grids = grid_batch(self.backbone, [picture], [0])  # (1, h, w, d)
             distances = self._distances(grids)
-            hot = torch.maximum(distances, smoothed(distances))[0] > self._calibration.limit - self._calibration.unit
+            hot = torch.maximum(distances, smoothed(distances))[0] > level
             if where is not None:
                 hot &= _on_grid(where, (hot.shape[0], hot.shape[1])).to(hot.device)
             return np.asarray(grids[0][hot].half().cpu().numpy())
@@ -236,12 +264,22 @@ class PatchwiseDetector(Detector):
         return detector
 
 
+def detections(detector: PatchwiseDetector, pictures: Sequence[Picture], distances: Tensor) -> list[Detection]:
+    """Turn the patch distances (n, h, w) of equally shaped pictures into what a fitted detector says of them."""
+    calibration = detector.calibration
+    none = np.zeros((0, 0), np.float16)
+    return _detections(pictures, [none] * len(pictures), distances, calibration, threshold=detector.threshold)
+
+
 def _detections(
-    pictures: Sequence[Picture], grids: Tensor, distances: Tensor, calibration: Calibration, *, threshold: float
+    pictures: Sequence[Picture],
+    rows: Sequence[NDArray[np.float16]],
+    distances: Tensor,
+    calibration: Calibration,
+    *,
+    threshold: float,
 ) -> list[Detection]:
     """Turn the patch distances (n, h, w) of equally shaped pictures into calibrated scores and maps."""
-    hottest = distances.flatten(1).topk(min(HOTTEST, distances[0].numel()), dim=1).indices  # (n, k)
-    rows = [grid.flatten(0, 1)[places].half().cpu().numpy() for grid, places in zip(grids, hottest, strict=True)]
     height, width = pictures[0].pixels.shape[:2]
     maps = calibration(raw_maps(distances, (height, width)).cpu().numpy())  # (n, height, width)
     scores = [calibration.score(raw) for raw in raw_scores(distances).tolist()]
@@ -249,6 +287,12 @@ def _detections(
         Detection(score=score, threshold=threshold, anomaly_map=anomaly_map, size=picture.size, hottest=row)
         for picture, score, anomaly_map, row in zip(pictures, scores, maps, rows, strict=True)
     ]
+
+
+def _hottest(grids: Tensor, distances: Tensor) -> list[NDArray[np.float16]]:
+    """Return the features (k, d) of the patches of each grid of (n, h, w, d) with the highest distances (n, h, w)."""
+    places = distances.flatten(1).topk(min(HOTTEST, distances[0].numel()), dim=1).indices  # (n, k)
+    return [grid.flatten(0, 1)[at].half().cpu().numpy() for grid, at in zip(grids, places, strict=True)]
 
 
 def _on_grid(where: NDArray[np.bool_], shape: tuple[int, int]) -> Tensor:

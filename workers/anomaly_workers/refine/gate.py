@@ -91,6 +91,8 @@ def decide(trials: Sequence[Trial], *, seed: int = 0) -> Decision:
     """
     labels = np.array([trial.anomaly for trial in trials], np.bool_)
     defects, normals = int(labels.sum()), int((~labels).sum())
+    if not defects and normals >= FEWEST:
+        return _by_alarms(trials)
     if min(defects, normals) < FEWEST:
         reason = f"{defects} confirmed defects and {normals} confirmed normals: the gate needs {FEWEST} of each"
         return Decision(False, reason, 0.5, defects, normals)
@@ -101,6 +103,17 @@ def decide(trials: Sequence[Trial], *, seed: int = 0) -> Decision:
     dropped = tuple(trial.task for trial in trials if _right(trial, trial.champion) > _right(trial, trial.challenger))
     promote, reason = _judged(before, after, probability)
     return Decision(promote, reason, round(probability, 4), defects, normals, before, after, dropped)
+
+
+def _by_alarms(trials: Sequence[Trial]) -> Decision:
+    """Decide where no defect is confirmed: without one only false alarms can tell."""
+    before = float(np.mean([trial.champion >= THRESHOLD for trial in trials]))
+    after = float(np.mean([trial.challenger >= THRESHOLD for trial in trials]))
+    promote = after < before
+    alarms = f"false alarms on {len(trials)} confirmed normals {before:.0%} -> {after:.0%}, no confirmed defects"
+    reason = f"fewer {alarms}" if promote else f"not fewer {alarms}"
+    dropped = tuple(trial.task for trial in trials if _right(trial, trial.champion) > _right(trial, trial.challenger))
+    return Decision(promote, reason, 0.5, 0, len(trials), dropped=dropped)
 
 
 def _judged(before: Figures, after: Figures, probability: float) -> tuple[bool, str]:

@@ -17,7 +17,8 @@ from anomaly_workers.detectors.parallel import each
 from anomaly_workers.detectors.patchwise import Memory
 from anomaly_workers.types import Progress, no_progress
 
-FOLDS = 5
+FOLDS = 10
+"""At most; as many as there are defects where they are fewer."""
 
 HARD = 0.2
 """Share of each normal image's patches, those farthest from normal, that the head is trained against."""
@@ -37,8 +38,8 @@ MOST = 60
 ROUNDS = 3
 """How often the patches of each defect are chosen with the direction that the last choice gave."""
 
-WEIGHT = 1.0
-"""A standard deviation of the head's image score counts as much as one of the bank's."""
+WEIGHT = 0.5
+"""How much a standard deviation of the head's image score counts against one of the bank's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class Study:
         head: trained on everything.
         normals: (n,) raw scores of the normal images, each by a head that has not seen it.
         normals_before: (n,) the same without a head.
+        normals_alone: (n,) raw scores of the head alone.
         lessons: (k,) raw scores of the defects, each by a head that has not seen it.
         lessons_before: (k,) the same without a head.
     """
@@ -69,6 +71,7 @@ class Study:
     head: Head
     normals: NDArray[np.float64]
     normals_before: NDArray[np.float64]
+    normals_alone: NDArray[np.float64]
     lessons: NDArray[np.float64]
     lessons_before: NDArray[np.float64]
 
@@ -101,11 +104,11 @@ def study(
         heads = [seen.head(without=fold) for fold in folds] if seen.folds > 1 else []
         whole = seen.head(without=None)
         scaled = seen.scaled([*heads, whole], progress=_part(progress, 0.5, 0.9))
-        *heads, whole = [head for head, _ in scaled]
+        *heads, whole = [head for head, _, _ in scaled]
         by_fold = heads or [whole]  # a single defect cannot be held out: its head is never judged
-        normal_scores = np.array(
-            [scaled[seen.normal_fold[index] if heads else -1][1][index] for index in range(len(normals))]
-        )
+        places = [seen.normal_fold[index] if heads else -1 for index in range(len(normals))]
+        normal_scores = np.array([scaled[place][1][index] for index, place in enumerate(places)])
+        normal_alone = np.array([scaled[place][2][index] for index, place in enumerate(places)])
         lesson_scores = [
             seen.lesson_score(index, by_fold[seen.lesson_fold[index] if heads else 0]) for index in range(len(lessons))
         ]
@@ -114,9 +117,14 @@ def study(
         head=whole,
         normals=normal_scores,
         normals_before=np.array(seen.normals_before),
+        normals_alone=normal_alone,
         lessons=np.array([score for score, _ in lesson_scores]),
         lessons_before=np.array([before for _, before in lesson_scores]),
     )
+
+
+_Scaled = tuple[Head, NDArray[np.float64], NDArray[np.float64]]
+"""A head with the raw scores of all normal images, joined with the distances and alone."""
 
 
 class _Seen:
@@ -155,10 +163,10 @@ class _Seen:
         """Return a normal image's residuals and distances without its own patches, and the views of its hardest."""
         with torch.inference_mode():
             grid, own = self._normals[index][None], [(index,)]
-            residuals = self._memory.residuals(grid, without=own)
+            distances, residuals = self._memory.looked_up(grid, without=own)
             seen = views(grid, residuals)[0].flatten(0, 1)
             hardest = residuals.norm(dim=-1).flatten().topk(max(1, int(HARD * len(seen)))).indices
-            return residuals.half(), self._memory.distances(grid, without=own), seen[hardest]
+            return residuals.half(), distances, seen[hardest]
 
     def head(self, *, without: int | None) -> Head:
         """Train on all folds but one; centre and spread are still to be found."""
@@ -180,8 +188,8 @@ class _Seen:
         ones = torch.ones(len(directions), device=self._device)
         return Head(mean, scale, directions, torch.zeros_like(ones), ones)
 
-    def scaled(self, heads: Sequence[Head], *, progress: Progress) -> list[tuple[Head, NDArray[np.float64]]]:
-        """Bring heads to the normal images' scale; return each with all normal images' raw scores under it."""
+    def scaled(self, heads: Sequence[Head], *, progress: Progress) -> list[_Scaled]:
+        """Bring heads to the normal images' scale."""
         directions = torch.cat([head.directions / head.scale for head in heads])  # (K, D)
         offsets = torch.cat([(head.directions / head.scale) @ head.mean for head in heads])
         sizes = [len(head.directions) for head in heads]
@@ -201,10 +209,8 @@ class _Seen:
         rows = enumerate(zip(heads, self._owns(len(heads)), strict=True))
         return [self._joined(head, levels[place], [one[place] for one in maps], own) for place, (head, own) in rows]
 
-    def _joined(
-        self, head: Head, levels: Tensor, maps: Sequence[Tensor], own: NDArray[np.bool_]
-    ) -> tuple[Head, NDArray[np.float64]]:
-        """Scale a head by the normal images it was trained on; return it with all normal images' raw scores."""
+    def _joined(self, head: Head, levels: Tensor, maps: Sequence[Tensor], own: NDArray[np.bool_]) -> _Scaled:
+        """Scale a head by the normal images it was trained on."""
         mine = torch.from_numpy(own).to(levels.device)
         centre, spread = levels[mine].mean(0), levels[mine].std(0) + 1e-6
         deviations = [((one - centre[:, None, None]) / spread[:, None, None]).amax(0, keepdim=True) for one in maps]
@@ -216,7 +222,7 @@ class _Seen:
             float(raw_scores(distances + weight * (deviation - ready.zero))[0])
             for distances, deviation in zip(self._distances, deviations, strict=True)
         ]
-        return ready, np.array(raw)
+        return ready, np.array(raw), alone
 
     def _owns(self, heads: int) -> list[NDArray[np.bool_]]:
         """For each head, the normal images it was trained on; the last one has seen all."""
@@ -258,11 +264,8 @@ def _space(moments: Sequence[_Moments]) -> tuple[Tensor, Tensor, Tensor]:
 
 def _look(memory: Memory, grid: Tensor, places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return the views (1, h, w, D) and distances (1, h, w) of one grid, its own patches left out."""
-    left_out = [places]
-    return (
-        views(grid[None], memory.residuals(grid[None], without=left_out)),
-        memory.distances(grid[None], without=left_out),
-    )
+    distances, residuals = memory.looked_up(grid[None], without=[places])
+    return views(grid[None], residuals), distances
 
 
 def _positives(scores: Tensor, inside: Tensor | None) -> Tensor:
