@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
 from product import Product
 
 from anomaly_workers import instance
@@ -16,6 +18,15 @@ from anomaly_workers.settings import load_settings
 from anomaly_workers.stack import Stack
 from anomaly_workers.types import Connection
 
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 ROOT = Path(__file__).resolve().parents[2]
 EMAIL, PASSWORD = "inspector@example.com", "correct-horse-9"
 
@@ -81,3 +92,29 @@ def product(
         yield Product(label_studio, settings, client)
     finally:
         running.stop()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    command = shutil.which("chromium")
+    if command is None:
+        if os.environ.get("CI"):
+            pytest.fail("there is no Chromium, and CI must not skip it: run `make browser`")
+        pytest.skip("there is no Chromium: install Debian's package chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=command, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(browser: Browser, product: Product) -> Iterator[Page]:
+    page = browser.new_context(viewport={"width": 1500, "height": 1000}).new_page()
+    page.set_default_timeout(60_000)
+    page.goto(f"{product.label_studio.url}/user/login/")
+    page.fill("input[name=email]", product.label_studio.email)
+    page.fill("input[name=password]", product.label_studio.password)
+    page.click("[type=submit]")
+    page.wait_for_url(lambda address: "login" not in address)
+    yield page
+    page.context.close()

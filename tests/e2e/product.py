@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from playwright.sync_api import Page
 
 from anomaly_workers import instance, queues, sample, server
 from anomaly_workers.client import Client
@@ -77,6 +78,15 @@ class Product:
             task.id: [one["model_version"] for one in found.get(task.id, [])]
             for task in self.client.open_tasks(store.id)
         }
+
+
+def open_task(page: Page, product: Product, store: ProjectStore, task: int) -> None:
+    with page.expect_response(lambda answer: "/heatmap/" in answer.url) as heatmap:
+        page.goto(f"{product.label_studio.url}/projects/{store.id}/data?task={task}")
+    assert heatmap.value.status == 200
+    assert heatmap.value.headers["cache-control"] == "no-cache", "not the picture that says it is pending"
+    page.locator(".konvajs-content canvas").first.wait_for()
+    page.wait_for_timeout(3000)  # the canvas draws masks after it draws the image
 
 
 def washers(count: int, *, defect: str = "good", seed: int = 0, side: int = sample.SIDE) -> list[tuple[str, bytes]]:

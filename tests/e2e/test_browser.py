@@ -3,57 +3,19 @@
 from __future__ import annotations
 
 import io
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-from product import Product, washers
+from playwright.sync_api import Locator, Page, expect
+from product import Product, open_task, washers
 
 from anomaly_workers.labelstudio import config, decode
 from anomaly_workers.store import ProjectStore
 
 ARTIFACTS = Path(__file__).resolve().parents[2] / "artifacts"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    command = shutil.which("chromium")
-    if command is None:
-        if os.environ.get("CI"):
-            pytest.fail("there is no Chromium, and CI must not skip it: run `make browser`")
-        pytest.skip("there is no Chromium: install Debian's package chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=command, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def page(browser: Browser, product: Product) -> Iterator[Page]:
-    page = browser.new_context(viewport={"width": 1500, "height": 1000}).new_page()
-    page.set_default_timeout(60_000)
-    page.goto(f"{product.label_studio.url}/user/login/")
-    page.fill("input[name=email]", product.label_studio.email)
-    page.fill("input[name=password]", product.label_studio.password)
-    page.click("[type=submit]")
-    page.wait_for_url(lambda address: "login" not in address)
-    yield page
-    page.context.close()
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +73,6 @@ def test_a_corrected_mask_is_submitted_as_an_annotation(
     assert judgement.anomaly is True
     assert judgement.mask[8:16, 12:28].any(), "the stroke that was added is part of the annotation"
     assert {mark.origin for mark in judgement.marks} == {"prediction", "manual"}
-
-
-def open_task(page: Page, product: Product, store: ProjectStore, task: int) -> None:
-    with page.expect_response(lambda answer: "/heatmap/" in answer.url) as heatmap:
-        page.goto(f"{product.label_studio.url}/projects/{store.id}/data?task={task}")
-    assert heatmap.value.status == 200
-    assert heatmap.value.headers["cache-control"] == "no-cache", "not the picture that says it is pending"
-    page.locator(".konvajs-content canvas").first.wait_for()
-    page.wait_for_timeout(3000)  # the canvas draws masks after it draws the image
 
 
 def shot(place: Locator) -> NDArray[np.uint8]:

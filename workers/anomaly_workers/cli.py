@@ -29,6 +29,7 @@ from anomaly_workers.settings import Settings, load_settings, public_url, to_env
 from anomaly_workers.store import ProjectStore, Store
 from anomaly_workers.supervisor import Supervisor
 from anomaly_workers.types import Connection
+from anomaly_workers.versions import compare
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -292,16 +293,42 @@ def versions(project: ProjectOption, as_json: JsonFlag = False) -> None:
     if as_json:
         console.print_json(data={"current": store.current, "rollout": store.rollout, "versions": cards})
         return
-    table = Table("", "version", "created", "images", "mode", "threshold", "fit s")
+    table = Table("", "version", "created", "images", "defects", "kind", "why", "fit s")
     for card in cards:
         mark = {store.current: "[green]deployed[/]", store.rollout: "[yellow]rolling out[/]"}.get(card["version"], "")
         table.add_row(
             mark,
-            *(str(card.get(key, "")) for key in ("version", "created", "images", "mode")),
-            f"{card.get('threshold', 0):.3f}",
+            *(str(card.get(key, "")) for key in ("version", "created", "images", "defects", "kind")),
+            str(card.get("decision", {}).get("reason", "")),
             str(card.get("fit_seconds", "")),
         )
     console.print(table if cards else "no version yet: the first is made when the project has images")
+
+
+@app.command()
+def diff(
+    project: ProjectOption,
+    old: Annotated[str, typer.Argument(help="A version; empty means the parent of the other.")] = "",
+    new: Annotated[str, typer.Argument(help="Another version; empty means the newest.")] = "",
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare two versions: what they learnt from, how they do on confirmed images, which of those changed sides."""
+    store = Store(_settings().data_dir).project(project)
+    cards = store.versions()
+    if len(cards) < 2:
+        raise ConfigError(f"Project {project} has {len(cards)} versions, nothing to compare.")
+    after = store.card(new) if new else cards[-1]
+    before = store.card(old or str(after.get("parent") or cards[-2]["version"]))
+    found = compare(before, after)
+    if as_json:
+        console.print_json(data=found)
+        return
+    table = Table("", before["version"], after["version"])
+    for name, (was, now) in found["fields"].items():
+        table.add_row(name, str(was), str(now))
+    console.print(table)
+    for line in found["images"]:
+        console.print(f"task {line['task']}: {line['before']:.3f} -> {line['after']:.3f}  {line['says']}")
 
 
 @app.command()

@@ -21,6 +21,9 @@ from anomaly_workers.runtime import Runtime, Session
 from anomaly_workers.sweep import TrainingTasks
 from anomaly_workers.types import JSON, Picture, Progress, no_progress
 
+SETTLE_SECONDS, SETTLE_MOST = 3.0, 30.0
+"""Quiet time after the last annotation before a run starts, and how long it is waited for."""
+
 COURTESY_SECONDS = 60.0
 """Longest that a learning run on a GPU steps aside for scoring at a time."""
 
@@ -55,7 +58,7 @@ def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict
     polite = _courteous(runtime, progress)
     polite(0.0, "reading annotations")
     log = FeedbackLog(session.store)
-    log.reconcile(session.client, session.controls)
+    _settle(session, log, polite)
     examples, seen = log.examples(), max((entry.seq for entry in log.entries()), default=0)
     chosen = sweep.training_tasks(session.client, session.store, examples, limit=runtime.settings.max_fit_images)
     if not session.store.current and not sweep.may_fit(len(chosen.tasks), project, runtime.redis, runtime.settings):
@@ -95,12 +98,27 @@ def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict
     session.store.keep_learnt(seen)
     count(runtime.redis, "fits")
     if not promote:
+        _go_on(runtime, session, log)
         return {"version": version, "kept back": card["decision"]["reason"]}
     runtime.keep_warm(project, version, winner.detector)
     session.store.roll_out(version)
     polite(0.98, "queueing open tasks")
     sweep.sweep_project(session.client, session.store, runtime.queues, runtime.settings)
     return {"version": version, "images": len(usable)}
+
+
+def _settle(session: Session, log: FeedbackLog, progress: Progress) -> None:
+    """Read the annotations, until none came for a moment: whoever submits ten in a row wants one run for all."""
+    until = time.monotonic() + SETTLE_MOST
+    while log.reconcile(session.client, session.controls) and time.monotonic() < until:
+        progress(0.0, "waiting for the last annotation")
+        time.sleep(SETTLE_SECONDS)
+
+
+def _go_on(runtime: Runtime, session: Session, log: FeedbackLog) -> None:
+    """Have another run follow if there are enough new verdicts again."""
+    if sweep.may_learn(session.store, log, runtime.settings):
+        runtime.queues.enqueue_fit(session.store.id, "feedback")
 
 
 def _candidates(

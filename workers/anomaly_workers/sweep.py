@@ -99,7 +99,9 @@ def sweep_project(
         tidy(client, store, info, queue.connection)
     if _time_to_look(store, queue.connection):
         queue.enqueue_feedback(store.id)
-    if _has_grown(store, info, settings) and _may_queue_fit(store, queue, again=again):
+    if may_learn(store, FeedbackLog(store), settings) and _may_queue_fit(store, queue, again=again):
+        queue.enqueue_fit(store.id, "feedback")
+    elif _has_grown(store, info, settings) and _may_queue_fit(store, queue, again=again):
         queue.enqueue_fit(store.id, "growth")
     return len(due)
 

@@ -38,8 +38,8 @@ MOST = 60
 ROUNDS = 3
 """How often the patches of each defect are chosen with the direction that the last choice gave."""
 
-WEIGHT = 0.5
-"""How much a standard deviation of the head's image score counts against one of the bank's."""
+WEIGHT, HALF = 0.7, 3
+"""A standard deviation of the head's image score counts WEIGHT * n / (n + HALF) of one of the bank's for n defects."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,8 @@ class _Seen:
         deviations = [((one - centre[:, None, None]) / spread[:, None, None]).amax(0, keepdim=True) for one in maps]
         alone = np.array([float(raw_scores(one)[0]) for one in deviations])
         before = np.array(self.normals_before)
-        weight = WEIGHT * float(before[own].std()) / (float(alone[own].std()) + 1e-6)
+        trust = WEIGHT * len(head.directions) / (len(head.directions) + HALF)
+        weight = trust * float(before[own].std()) / (float(alone[own].std()) + 1e-6)
         ready = replace(head, centre=centre, spread=spread, weight=weight, zero=float(alone[own].mean()))
         raw = [
             float(raw_scores(distances + weight * (deviation - ready.zero))[0])

@@ -1,0 +1,98 @@
+"""A challenger is promoted only when the confirmed images say that it is better."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from anomaly_workers.refine.gate import Trial, decide
+
+
+def trials(defects: tuple[list[float], list[float]], normals: tuple[list[float], list[float]]) -> list[Trial]:
+    """Build trials of (champion's, challenger's) scores of defects and of normals."""
+    pairs = [(True, *pair) for pair in zip(*defects, strict=True)]
+    pairs += [(False, *pair) for pair in zip(*normals, strict=True)]
+    return [Trial(task, *pair) for task, pair in enumerate(pairs)]
+
+
+def drawn(random: np.random.Generator, count: int, centre: float, *, spread: float = 0.1) -> list[float]:
+    return np.clip(random.normal(centre, spread, count), 0.01, 0.99).tolist()
+
+
+@pytest.fixture
+def random() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_a_clearly_better_challenger_is_promoted(random: np.random.Generator) -> None:
+    normals = drawn(random, 40, 0.3)
+    decision = decide(trials((drawn(random, 10, 0.45), drawn(random, 10, 0.85)), (normals, normals)))
+    assert decision.promote
+    assert decision.champion is not None
+    assert decision.challenger is not None
+    assert decision.challenger.auroc > decision.champion.auroc
+    assert "better" in decision.reason
+
+
+def test_the_same_scores_are_not_better(random: np.random.Generator) -> None:
+    defects, normals = drawn(random, 10, 0.6), drawn(random, 40, 0.3)
+    decision = decide(trials((defects, defects), (normals, normals)))
+    assert not decision.promote
+    assert decision.dropped == ()
+
+
+def test_one_verdict_decides_nothing() -> None:
+    decision = decide(trials(([0.4], [0.9]), ([], [])))
+    assert not decision.promote
+    assert "needs 3" in decision.reason
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_with_normals_alone_only_fewer_false_alarms_count(better: bool) -> None:
+    before, after = [0.6, 0.6, 0.3, 0.2], [0.4, 0.4, 0.3, 0.2]
+    pair = (before, after) if better else (after, before)
+    assert decide(trials(([], []), pair)).promote is better
+
+
+def test_with_defects_alone_nothing_is_promoted() -> None:
+    assert not decide(trials(([0.4] * 9, [0.9] * 9), ([], []))).promote
+
+
+def test_a_class_that_is_unlearnt_is_not_paid_with_another(random: np.random.Generator) -> None:
+    normals = drawn(random, 60, 0.2, spread=0.05)
+    found, missed = drawn(random, 6, 0.8, spread=0.02), drawn(random, 4, 0.3, spread=0.02)
+    unlearnt, learnt = drawn(random, 6, 0.45, spread=0.02), drawn(random, 4, 0.9, spread=0.02)
+    decision = decide(trials(([*found, *missed], [*unlearnt, *learnt]), (normals, normals)))
+    assert not decision.promote
+    assert decision.dropped == tuple(range(6)), "each lost image is on the card"
+    assert not decision.promote
+
+
+def test_defects_are_not_paid_with_false_alarms(random: np.random.Generator) -> None:
+    champion, challenger = drawn(random, 50, 0.3, spread=0.03), drawn(random, 50, 0.52, spread=0.03)
+    decision = decide(trials((drawn(random, 10, 0.4), drawn(random, 10, 0.9)), (champion, challenger)))
+    assert not decision.promote
+    assert "false alarms" in decision.reason
+
+
+def test_flipped_verdicts_promote_no_worse_challenger() -> None:
+    """Three of ten verdicts are wrong, and the challenger is no better than the champion: hardly ever promoted."""
+    promoted = 0
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        labels = np.array([True] * 5 + [False] * 5)
+        truth = np.where(labels, 0.6, 0.3)
+        labels[random.choice(10, 3, replace=False)] ^= True
+        champion = np.clip(truth + random.normal(0, 0.1, 10), 0, 1)
+        challenger = np.clip(truth + random.normal(0, 0.2, 10), 0, 1)
+        rows = [
+            Trial(task, bool(label), float(a), float(b))
+            for task, (label, a, b) in enumerate(zip(labels, champion, challenger, strict=True))
+        ]
+        promoted += decide(rows).promote
+    assert promoted <= 25
+
+
+def test_the_answer_does_not_depend_on_the_order(random: np.random.Generator) -> None:
+    rows = trials((drawn(random, 8, 0.5), drawn(random, 8, 0.6)), (drawn(random, 20, 0.3), drawn(random, 20, 0.3)))
+    assert decide(rows).probability == pytest.approx(decide(rows[::-1]).probability, abs=0.05)
