@@ -15,6 +15,7 @@ from anomaly_workers.detectors.base import Detector
 from anomaly_workers.errors import ConfigError
 from anomaly_workers.fetch import Fetcher
 from anomaly_workers.labelstudio import config
+from anomaly_workers.pictures import PictureCache
 from anomaly_workers.queues import Queues
 from anomaly_workers.settings import Settings
 from anomaly_workers.store import ProjectStore, Store
@@ -33,6 +34,7 @@ class Session:
     store: ProjectStore
     client: Client
     fetcher: Fetcher
+    pictures: PictureCache
     controls: Controls
 
 
@@ -55,6 +57,7 @@ class Runtime:
         self.device = choose_device(settings.device)
         self._detectors: OrderedDict[tuple[int, str], Detector] = OrderedDict()
         self._calmed: dict[tuple[int, str], tuple[int, ...]] = {}
+        self._pictures: dict[int, PictureCache] = {}
         self._clients: dict[Connection, tuple[Client, Fetcher]] = {}
 
     def session(self, project: int) -> Session:
@@ -71,7 +74,13 @@ class Runtime:
         client, fetcher = self._clients[connection]
         if not store.label_config:
             store.keep_label_config(client.project(project).label_config)
-        return Session(store, client, fetcher, config.parse(store.label_config))
+        return Session(store, client, fetcher, self._pictures_of(store), config.parse(store.label_config))
+
+    def _pictures_of(self, store: ProjectStore) -> PictureCache:
+        if store.id not in self._pictures:
+            limit = self.settings.picture_cache_mb * 1_000_000
+            self._pictures[store.id] = PictureCache(store.folder / "pictures", limit=limit)
+        return self._pictures[store.id]
 
     def new_detector(self) -> Detector:
         """Build an unfitted detector as configured."""

@@ -117,11 +117,15 @@ def _stored(session: Session, version: str, task: Task) -> JSON | None:
 
 def _picture(runtime: Runtime, session: Session, task: Task, side: int) -> Picture | None:
     value = config.image_of(task.data, session.controls.value) or ""
+    if (kept := session.pictures.get(value, side=side)) is not None:
+        return kept
     fetched = False
     try:
         content = session.fetcher.fetch(value, task_id=task.id)
         fetched = True
-        return images.load(content, side=side, max_megapixels=runtime.settings.max_megapixels)
+        picture = images.load(content, side=side, max_megapixels=runtime.settings.max_megapixels)
+        session.pictures.put(value, picture, side=side)
+        return picture
     except ImageError as error:
         # What arrived and cannot be decoded stays broken; what did not arrive may arrive later.
         session.store.keep_failure(task.id, str(error), value, permanent=fetched)

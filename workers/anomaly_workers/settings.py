@@ -61,6 +61,9 @@ class Settings(BaseModel):
     allow_hosts: str = Field(
         "", description="Hosts images may come from besides Label Studio and public addresses, comma separated."
     )
+    picture_cache_mb: int = Field(
+        1000, ge=0, description="Decoded uploads kept on disk for each project, in megabytes. 0: none."
+    )
     local_files_root: str = Field("", description="Folder behind /data/local-files/, if the worker sees it too.")
     uploads_root: str = Field("", description="Label Studio's media/upload folder, if the worker sees it too.")
     log_level: str = Field("INFO", description="DEBUG, INFO, WARNING or ERROR.")

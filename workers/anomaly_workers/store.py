@@ -14,6 +14,7 @@
                                /learnt                       number of the last feedback entry that was learnt from
                                /heatmaps/<version>/<key[:2]>/<key>.png
                                /failures/<task>.json
+                               /pictures/                    decoded uploads, may be removed at any time
                                /feedback/log.jsonl, masks/<digest>.png, lock
 
 Every write goes to a temporary name first and is renamed, so that a reader sees the old file or the new one.

@@ -1,0 +1,141 @@
+"""The deviation head, on surfaces whose defects the bank alone hardly sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+
+from anomaly_workers import detectors
+from anomaly_workers.detectors.base import Options
+from anomaly_workers.detectors.patchwise import PatchwiseDetector
+from anomaly_workers.errors import Cancelled, ConfigError
+from anomaly_workers.refine.study import Lesson, Study, inside_cells, study
+from anomaly_workers.types import Picture
+
+SIDE = 96
+
+
+def surface(seed: int, *, defect: bool = False) -> tuple[Picture, np.ndarray[tuple[int, int], np.dtype[np.bool_]]]:
+    """A noisy surface with a harmless bright scratch; the defect is a faint dark one beside it."""
+    random = np.random.default_rng(seed)
+    grey = 128 + random.normal(0, 14, (SIDE, SIDE))
+    grey[int(random.integers(10, 86)), 10:86] += 60
+    mask = np.zeros((SIDE, SIDE), np.bool_)
+    if defect:
+        row, column = random.integers(20, 70, 2)
+        mask[row : row + 10, column : column + 10] = True
+        grey[mask] = 70 + random.normal(0, 6, mask.sum())
+    pixels = np.clip(grey, 0, 255).astype(np.uint8)[..., None].repeat(3, -1)
+    return Picture(pixels, size=(SIDE, SIDE)), mask
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def detector() -> PatchwiseDetector:
+    made = cast("PatchwiseDetector", detectors.create(Options("patchcore", image_size=SIDE)))
+    normals = [surface(seed)[0] for seed in range(24)]
+    made.fit(normals, confirmed=[True] * len(normals))
+    return made
+
+
+@pytest.fixture(scope="module")
+def normals(detector: PatchwiseDetector) -> list[torch.Tensor]:
+    return detector.grids([surface(seed)[0] for seed in range(24)])
+
+
+def lessons(detector: PatchwiseDetector, count: int, *, masks: bool) -> list[Lesson]:
+    drawn = [surface(100 + seed, defect=True) for seed in range(count)]
+    grids = detector.grids([picture for picture, _ in drawn])
+    shape = (grids[0].shape[0], grids[0].shape[1])
+    return [
+        Lesson(grid, inside_cells(mask, shape) if masks else None) for grid, (_, mask) in zip(grids, drawn, strict=True)
+    ]
+
+
+def gap(study: Study) -> tuple[float, float]:
+    """How many of the normals' deviations the held-out defects are above them, without the head and with it."""
+    before = (study.lessons_before.mean() - study.normals_before.mean()) / study.normals_before.std()
+    return float(before), float((study.lessons.mean() - study.normals.mean()) / study.normals.std())
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_held_out_defects_stand_out_more_with_a_head(
+    detector: PatchwiseDetector, normals: list[torch.Tensor], masks: bool
+) -> None:
+    taught = study(detector.memory, normals, lessons(detector, 8, masks=masks))
+    before, after = gap(taught)
+    assert after > before
+    assert len(taught.normals) == len(taught.normals_before) == len(taught.normals_alone) == 24
+    assert len(taught.lessons) == len(taught.lessons_before) == 8
+
+
+def test_new_defects_score_higher_with_the_head_and_normals_do_not(
+    detector: PatchwiseDetector, normals: list[torch.Tensor]
+) -> None:
+    taught = study(detector.memory, normals, lessons(detector, 8, masks=True))
+    joined = detector.joined(taught.head, taught.normals.tolist())
+    defects = [surface(500 + seed, defect=True)[0] for seed in range(6)]
+    good = [surface(600 + seed)[0] for seed in range(6)]
+    gain = np.mean([d.score for d in joined.predict(defects)]) - np.mean([d.score for d in detector.predict(defects)])
+    change = np.mean([d.score for d in joined.predict(good)]) - np.mean([d.score for d in detector.predict(good)])
+    assert gain > 0
+    assert gain > change
+
+
+def test_a_head_is_saved_with_its_detector(
+    detector: PatchwiseDetector, normals: list[torch.Tensor], tmp_path: Path
+) -> None:
+    taught = study(detector.memory, normals, lessons(detector, 3, masks=True))
+    joined = detector.joined(taught.head, taught.normals.tolist())
+    joined.save(tmp_path)
+    pictures = [surface(500, defect=True)[0], surface(600)[0]]
+    loaded = detectors.load(tmp_path).predict(pictures)
+    assert [d.score for d in loaded] == pytest.approx([d.score for d in joined.predict(pictures)], abs=1e-5)
+    assert loaded[0].score != pytest.approx(detector.predict(pictures)[0].score, abs=1e-4)
+
+
+def test_a_rejected_alarm_calms_the_head_too(detector: PatchwiseDetector, normals: list[torch.Tensor]) -> None:
+    taught = study(detector.memory, normals, lessons(detector, 8, masks=True))
+    joined = detector.joined(taught.head, taught.normals.tolist())
+    alarm = surface(500, defect=True)[0]
+    assert joined.predict([alarm])[0].is_anomaly
+    joined.take_as_normal(joined.quietening(alarm))
+    assert not joined.predict([alarm])[0].is_anomaly
+
+
+def test_one_defect_is_enough_and_the_seed_makes_it_repeatable(
+    detector: PatchwiseDetector, normals: list[torch.Tensor]
+) -> None:
+    one = lessons(detector, 1, masks=False)
+    first, second = (study(detector.memory, normals, one, seed=3) for _ in range(2))
+    assert first.head.directions.shape[0] == 1
+    assert np.allclose(first.normals, second.normals)
+
+
+def test_training_can_be_cancelled(detector: PatchwiseDetector, normals: list[torch.Tensor]) -> None:
+    def stop(_fraction: float, _stage: str) -> None:
+        raise Cancelled("Cancelled.")
+
+    with pytest.raises(Cancelled):
+        study(detector.memory, normals, lessons(detector, 2, masks=False), progress=stop)
+
+
+def test_padim_says_that_it_cannot_learn_defects() -> None:
+    made = cast("PatchwiseDetector", detectors.create(Options("padim", image_size=SIDE)))
+    pictures = [surface(seed)[0] for seed in range(4)]
+    made.fit(pictures)
+    assert not made.learns_defects
+    with pytest.raises(ConfigError, match="patchcore-padim"):
+        made.memory.looked_up(made.grids(pictures[:1])[0][None])
