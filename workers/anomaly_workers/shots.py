@@ -49,7 +49,6 @@ class ShotOptions:
 class _Looked:
     """A test image as every head sees it; features in half precision to keep a class in memory."""
 
-    grid: Tensor = field(repr=False)
     residuals: Tensor = field(repr=False)
     distances: Tensor = field(repr=False)
 
@@ -146,7 +145,7 @@ def _trials(detector: PatchwiseDetector, joined: PatchwiseDetector, taught: Stud
 def _look(detector: PatchwiseDetector, grid: Tensor) -> _Looked:
     with torch.inference_mode():
         distances, residuals = detector.memory.looked_up(grid[None])
-        return _Looked(grid.half(), residuals.half(), distances)
+        return _Looked(residuals.half(), distances)
 
 
 def _detections(
@@ -162,7 +161,7 @@ def _detections(
         for picture, one in zip(pictures, looked, strict=True):
             values = one.distances
             if head is not None:
-                deviation = head.maps(views(one.grid.float()[None], one.residuals.float()))
+                deviation = head.maps(views(one.residuals.float()))
                 values = deviation if alone else values + head.weight * (deviation - head.zero)
             found += detections(detector, [picture], values)
     return found

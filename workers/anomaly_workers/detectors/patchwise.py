@@ -201,7 +201,7 @@ class PatchwiseDetector(Detector):
         if head is None:
             return memory.distances(grids, without=without)
         distances, residuals = fitted.looked_up(grids, without=without)
-        more = head.weight * (head.maps(views(grids, residuals)) - head.zero)
+        more = head.weight * (head.maps(views(residuals)) - head.zero)
         if memory is fitted:
             return distances + more
         calm = memory.distances(grids, without=without)  # what was taken as normal is no defect to the head either

@@ -20,10 +20,13 @@ from anomaly_workers.types import Progress, no_progress
 FOLDS = 10
 """At most; as many as there are defects where they are fewer."""
 
+RUNS = 3
+"""Runs of neighbouring normal images in each fold."""
+
 HARD = 0.2
 """Share of each normal image's patches, those farthest from normal, that the head is trained against."""
 
-RIDGE = 0.1
+RIDGE = 0.3
 """Added to the diagonal of the normal patches' correlation matrix."""
 
 OWN = 0.8
@@ -144,7 +147,8 @@ class _Seen:
         self._device = normals[0].device
         self.folds = min(FOLDS, len(lessons))
         random = np.random.default_rng(seed)
-        self.normal_fold = random.permutation(len(normals)) % self.folds
+        runs = np.arange(len(normals)) * self.folds * RUNS // len(normals)  # neighbours are alike: they stay together
+        self.normal_fold = (random.permutation(self.folds * RUNS) % self.folds)[runs]
         self.lesson_fold = random.permutation(len(lessons)) % self.folds
         self._inside = [lesson.inside for lesson in lessons]
         self._lessons = [_look(memory, lesson.grid, ()) for lesson in lessons]
@@ -164,7 +168,7 @@ class _Seen:
         with torch.inference_mode():
             grid, own = self._normals[index][None], [(index,)]
             distances, residuals = self._memory.looked_up(grid, without=own)
-            seen = views(grid, residuals)[0].flatten(0, 1)
+            seen = views(residuals)[0].flatten(0, 1)
             hardest = residuals.norm(dim=-1).flatten().topk(max(1, int(HARD * len(seen)))).indices
             return residuals.half(), distances, seen[hardest]
 
@@ -196,7 +200,7 @@ class _Seen:
 
         def along(index: int) -> tuple[Tensor, Tensor]:
             with torch.inference_mode():
-                seen = views(self._normals[index][None], self._residuals[index].float())[0]
+                seen = views(self._residuals[index].float())[0]
                 reached = (seen @ directions.T - offsets).permute(2, 0, 1)  # (K, h, w)
                 return reached, raw_scores(reached)
 
@@ -266,7 +270,7 @@ def _space(moments: Sequence[_Moments]) -> tuple[Tensor, Tensor, Tensor]:
 def _look(memory: Memory, grid: Tensor, places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return the views (1, h, w, D) and distances (1, h, w) of one grid, its own patches left out."""
     distances, residuals = memory.looked_up(grid[None], without=[places])
-    return views(grid[None], residuals), distances
+    return views(residuals), distances
 
 
 def _positives(scores: Tensor, inside: Tensor | None) -> Tensor:
