@@ -148,6 +148,14 @@ def test_start_training_returns_its_job(front: FrontEnd, recorded: Recorded) -> 
     assert front.post("/webhook", body).json["job"].startswith("fit-")  # type: ignore[index]
 
 
+def test_an_annotation_event_that_comes_five_times_is_one_look(front: FrontEnd, recorded: Recorded) -> None:
+    body = recorded("webhook_ANNOTATION_CREATED")
+    front.connected(project_of(body))
+    answers = {front.post("/webhook", body).json["job"] for _ in range(5)}  # type: ignore[index]
+    assert len(answers) == 1
+    assert front.queues.depth() == {"interactive": 1, "score": 0, "learn": 0}
+
+
 def test_every_recorded_webhook_is_taken(front: FrontEnd, shared: Path, recorded: Recorded) -> None:
     front.with_version(3)
     for path in sorted((shared / "label_studio" / "payloads").glob("webhook_*.json")):

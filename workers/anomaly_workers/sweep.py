@@ -256,7 +256,8 @@ def _has_grown(store: ProjectStore, info: Project, settings: Settings) -> bool:
         return False
     card = store.card(store.current)
     small = card["mode"] == "cold start" and int(card["images"]) < settings.max_fit_images
-    return small and info.tasks >= GROWTH * int(card["project_images"])
+    seen = max(int(known["project_images"]) for known in store.versions())  # by versions that were kept back, too
+    return small and info.tasks >= GROWTH * seen
 
 
 def _may_have_doubles(store: ProjectStore, stored: Mapping[str, int], connection: Redis) -> bool:
