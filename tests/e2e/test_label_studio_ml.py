@@ -188,10 +188,16 @@ def test_a_click_with_auto_annotation_on_outlines_the_defect_under_it(scored: Si
     assert answer["model_version"] == scored.store.current
 
 
-def test_start_training_fits_again_and_replaces_the_version(scored: Site) -> None:
+def test_start_training_fits_again_and_one_verdict_does_not_pass_the_gate(scored: Site) -> None:
     before = scored.store.current
     scored.ask("POST", f"/api/ml/{scored.backend['id']}/train", {})
-    wait(lambda: scored.store.current != before and before not in scored.client.versions(scored.project))
+    wait(lambda: len(scored.store.versions()) == 2)
+    card = scored.store.versions()[-1]
+    assert scored.store.current == before
+    assert not card["decision"]["promote"]
+    assert "the gate needs 3 of each" in card["decision"]["reason"]
+    scored.store.roll_out(card["version"])  # as `ls-anomaly promote` does
+    wait(lambda: scored.store.current == card["version"] and before not in scored.client.versions(scored.project))
     assert scored.ask("GET", f"/api/ml/{scored.backend['id']}")["model_version"] == scored.store.current
 
 
