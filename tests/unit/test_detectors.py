@@ -365,6 +365,9 @@ def test_what_counts_as_normal_is_calm_and_comes_back_exactly(kind: str, fitted:
         assert still.score == pytest.approx(quiet.score, abs=0.02), "other pictures keep their score"
         assert detector.is_quietened(before.hottest, patches)
         assert not detector.is_quietened(before.hottest, patches[:0])
+        assert not detector.is_quietened(before.hottest, np.flip(patches, axis=1).copy()), (
+            "these look like nothing in it"
+        )
     finally:
         detector.take_as_normal(patches[:0])
     assert detector.predict([alarm, normal])[0].score == before.score
@@ -384,7 +387,9 @@ def test_a_method_that_cannot_learn_at_once_stays_as_it_is(fitted: Callable[[str
     detector = fitted("padim")
     alarm = surface(51, defect=True)
     [before] = detector.predict([alarm])
-    detector.take_as_normal(detector.quietening(alarm))
+    assert len(detector.quietening(alarm)) == 0
+    assert not detector.is_quietened(before.hottest, before.hottest)
+    detector.take_as_normal(before.hottest)
     assert detector.predict([alarm])[0].score == before.score
 
 

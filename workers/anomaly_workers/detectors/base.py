@@ -91,7 +91,7 @@ class Detector(ABC):
 
     @abstractmethod
     def is_quietened(self, hottest: NDArray[np.float16], patches: NDArray[np.float16]) -> bool:
-        """Tell whether some of a detection's hottest patches fall below the threshold once `patches` count as normal.
+        """Tell whether some of a detection's hottest patches look less abnormal once `patches` count as normal.
 
         Args:
             hottest: (n, d), see `Detection`.

@@ -56,6 +56,10 @@ class Joint:
         """Return the same with patches (k, d) in the bank."""
         return type(self)(self.bank.plus(patches), self.gaussians)
 
+    def is_nearer(self, rows: Tensor, patches: Tensor) -> bool:
+        """Tell whether one of rows (n, d) is nearer to patches (k, d) than to the bank."""
+        return self.bank.is_nearer(rows, patches)
+
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of both."""
         return self.bank.state() | self.gaussians.state()

@@ -87,6 +87,10 @@ class Gaussians:
         """Return itself: a few patches say nothing of a place's Gaussian."""
         return self
 
+    def is_nearer(self, rows: Tensor, patches: Tensor) -> bool:
+        """Return False: `plus` changes nothing."""
+        return False
+
     def state(self) -> dict[str, Tensor]:
         """Return the Gaussians' tensors."""
         count = torch.tensor(self.count)

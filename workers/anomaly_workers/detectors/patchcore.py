@@ -83,6 +83,10 @@ class Bank:
         sources = torch.cat([self.sources, self.sources.new_full((len(patches),), -1)])
         return type(self)(rows, square_norms(rows), sources)
 
+    def is_nearer(self, rows: Tensor, patches: Tensor) -> bool:
+        """Tell whether one of rows (n, d) is nearer to patches (k, d) than to the bank."""
+        return bool((nearest(rows, patches) < nearest(rows, self.patches, norms=self.norms)).any())
+
     def state(self) -> dict[str, Tensor]:
         """Return the bank's tensors."""
         return {"patches": self.patches, "sources": self.sources}

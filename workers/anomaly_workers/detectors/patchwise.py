@@ -26,7 +26,6 @@ from anomaly_workers.detectors.coldstart import trusted
 from anomaly_workers.detectors.crossfit import held_out_scores
 from anomaly_workers.detectors.deviation import Head, views
 from anomaly_workers.detectors.maps import raw_maps, raw_scores, smoothed
-from anomaly_workers.detectors.neighbours import nearest
 from anomaly_workers.detectors.parallel import each
 from anomaly_workers.detectors.patches import grid_batch, patch_grids, same_shapes
 from anomaly_workers.errors import ConfigError, NotFitted, StoreError
@@ -61,6 +60,9 @@ class Memory(Protocol):
 
     def plus(self, patches: Tensor) -> Self:
         """Return a memory that takes patches (k, d) as normal too, or itself where the method cannot."""
+
+    def is_nearer(self, rows: Tensor, patches: Tensor) -> bool:
+        """Tell whether `plus` with patches (k, d) would bring one of rows (n, d) nearer to normal."""
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that `restore` needs."""
@@ -211,6 +213,8 @@ class PatchwiseDetector(Detector):
     def quietening(self, picture: Picture, where: NDArray[np.bool_] | None = None) -> NDArray[np.float16]:
         """See `Detector.quietening`: the patches farther away than a typical normal image's score."""
         level = self.calibration.limit - self.calibration.unit
+        if not self.learns_defects:
+            return np.zeros((0, 0), np.float16)
         with torch.inference_mode():
             grids = grid_batch(self.backbone, [picture], [0])  # (1, h, w, d)
             distances = self._distances(grids)
@@ -228,10 +232,10 @@ class PatchwiseDetector(Detector):
 
     def is_quietened(self, hottest: NDArray[np.float16], patches: NDArray[np.float16]) -> bool:
         """See `Detector.is_quietened`."""
-        if self._calibration is None or not len(patches) or not len(hottest):
+        if not len(patches) or not len(hottest):
             return False
-        hot, normal = (torch.from_numpy(rows).float() for rows in (hottest, patches))
-        return bool((nearest(hot, normal) < self._calibration.limit).any())
+        hot, normal = (torch.from_numpy(rows).float().to(self.backbone.device) for rows in (hottest, patches))
+        return self.memory.is_nearer(hot, normal)
 
     def save(self, folder: Path) -> None:
         """See `Detector.save`."""
