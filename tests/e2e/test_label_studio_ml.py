@@ -168,6 +168,7 @@ def test_an_image_that_comes_later_is_scored_on_arrival(scored: Site) -> None:
     [task] = import_washers(scored.client, scored.project, 1)
     scored.tasks.append(task)
     wait(lambda: scored.versions(task) == [scored.store.current])
+    assert scored.store.is_pushed(scored.store.current, task)
 
 
 def test_a_submitted_annotation_is_kept_and_reaches_the_adapter(scored: Site) -> None:
