@@ -7,6 +7,7 @@
                                /rollout           name of the version that is being scored to replace it
                                /announced         name of the version that Label Studio was told to show
                                /history.jsonl     every deployment, appended
+                               /policy.json       what people decided: review order, threshold
                                /versions/<version>/card.json, detector.json, detector.safetensors
                                /records/<version>/<task // 1000>/<task>.json, <task>.png (16-bit anomaly map),
                                                                 <task>.npy (its hottest patches)
@@ -153,6 +154,16 @@ class ProjectStore:
         if xml and xml != self.label_config:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / "config.xml", xml.encode())
+
+    def policy(self) -> JSON:
+        """Return what people decided for the project, empty if nothing."""
+        path = self.folder / "policy.json"
+        return _read_json(path) if path.exists() else {}
+
+    def keep_policy(self, policy: Mapping[str, Any]) -> None:
+        """Remember what people decided."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "policy.json", json.dumps(policy, indent=1).encode())
 
     # -- versions
 
