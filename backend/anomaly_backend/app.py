@@ -8,10 +8,11 @@ import os
 from flask import Flask, Response, jsonify
 from werkzeug.exceptions import HTTPException
 
-from anomaly_backend import auth, routes
+from anomaly_backend import auth, pages, routes
 from anomaly_backend.dispatch import Dispatcher
 from anomaly_workers import queues, server
 from anomaly_workers.errors import AnomalyError, ConfigError, LabelStudioError
+from anomaly_workers.pages import render
 from anomaly_workers.settings import Settings, load_settings
 from anomaly_workers.store import Store
 
@@ -23,11 +24,12 @@ MAX_BODY = 512 * 1024 * 1024
 
 def create_app(settings: Settings, dispatcher: Dispatcher) -> Flask:
     """Build the application from its parts."""
-    app = Flask("anomaly_backend")
+    app = Flask("anomaly_backend", static_folder=render.STATIC)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     password = settings.password.get_secret_value() or dispatcher.store.secret("password")
     auth.protect(app, settings.user, password)
     routes.register(app, dispatcher)
+    pages.register(app, dispatcher)
     app.register_error_handler(AnomalyError, _explain)
     app.register_error_handler(Exception, _apologise)
     return app

@@ -10,7 +10,7 @@ from rq.serializers import JSONSerializer
 from sample_jobs import task
 
 from anomaly_workers.allowed import AllowedJob
-from anomaly_workers.jobkey import FitKey, ScoreKey, parse_key
+from anomaly_workers.jobkey import FitKey, ScoreKey, ThresholdKey, parse_key
 from anomaly_workers.queues import JOBS, QUEUES, Queues
 from anomaly_workers.scripts import Scripts
 from anomaly_workers.types import Task
@@ -24,8 +24,10 @@ def take(connection: Redis, worker: str = "w") -> str:
     return found[1].decode() if found else ""
 
 
-@pytest.mark.parametrize("key", [ScoreKey.of(3, "v1.2_ä-x/y", [5, 4]), FitKey(12, "2026-11-22T10:00"), FitKey(1, "-")])
-def test_a_key_renders_to_an_id_and_parses_back(key: ScoreKey | FitKey) -> None:
+@pytest.mark.parametrize(
+    "key", [ScoreKey.of(3, "v1.2_ä-x/y", [5, 4]), FitKey(12, "2026-11-22T10:00"), FitKey(1, "-"), ThresholdKey(4)]
+)
+def test_a_key_renders_to_an_id_and_parses_back(key: ScoreKey | FitKey | ThresholdKey) -> None:
     assert parse_key(str(key)) == key
     assert str(key).replace("-", "").replace("_", "").isalnum()
 
@@ -94,6 +96,34 @@ def test_at_most_one_fit_of_a_project_waits_and_the_last_click_is_not_lost(queue
     assert take(connection, "another worker") == other, "fits of one project run one after the other"
     assert queues.fitting(1)
     assert not queues.fitting(3)
+
+
+def test_moves_of_a_threshold_and_looks_at_its_annotations_run_one_after_the_other(
+    queues: Queues, connection: Redis
+) -> None:
+    first = queues.enqueue_threshold(1)
+    assert queues.enqueue_threshold(1) == first
+    assert queues.depth()["interactive"] == 1
+    assert take(connection) == first
+
+    second = queues.enqueue_threshold(1)
+    assert second != first
+    assert queues.enqueue_threshold(1) == second, "what is decided during a move is seen by the next"
+    queues.enqueue_feedback(1)
+    other = queues.enqueue_feedback(2)
+    assert take(connection, "another worker") == other
+    assert take(connection, "a third worker") == "", "both write what a version says"
+    assert {(info.kind, info.project) for info in queues.jobs()} == {("threshold", 1), ("feedback", 1), ("feedback", 2)}
+
+
+def test_a_cancelled_move_is_remembered_until_somebody_asks_again(queues: Queues) -> None:
+    assert not queues.gave_up_moving(1, within=60)
+    assert queues.cancel(queues.enqueue_threshold(1))
+    assert queues.gave_up_moving(1, within=60)
+    assert not queues.gave_up_moving(2, within=60)
+    assert not queues.gave_up_fitting(1, within=60)
+    queues.enqueue_threshold(1)
+    assert not queues.gave_up_moving(1, within=60)
 
 
 def test_busy_names_the_tasks_under_way(queues: Queues, connection: Redis) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anomaly_workers.detectors.calibration import THRESHOLD, Calibration, calibrate, gumbel_fit, gumbel_quantile
+from anomaly_workers.calibration import (
+    THRESHOLD,
+    Calibration,
+    calibrate,
+    gumbel_fit,
+    gumbel_quantile,
+    threshold_at,
+)
 from anomaly_workers.detectors.coldstart import robust_limit
 
 
@@ -81,3 +88,20 @@ def test_robust_limit_ignores_a_fifth_of_defects() -> None:
 
     assert limit < 15
     assert limit > 10 + 0.5 * gumbel_quantile(0.98)
+
+
+def test_a_score_leads_back_to_its_raw_score() -> None:
+    calibration = Calibration(limit=3.0, unit=0.2)
+
+    for raw in (0.0, 2.9, 3.0, 3.1, 50.0):
+        assert calibration.raw(calibration.score(raw)) == pytest.approx(raw, rel=1e-6, abs=1e-6)
+    assert np.isfinite(calibration.raw(1.0))
+
+
+def test_the_calibrated_rate_is_one_half_again() -> None:
+    raw = gumbel(100, location=20, scale=2).tolist()
+    calibration = calibrate(raw, target_fpr=0.01)
+    kept = [round(calibration.score(one), 6) for one in raw]
+
+    assert threshold_at(kept, calibration, target_fpr=0.01) == pytest.approx(THRESHOLD, abs=1e-4)
+    assert threshold_at(kept, calibration, target_fpr=0.1) < THRESHOLD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from anomaly_workers.refine.gate import Trial, decide
+from anomaly_workers.refine.gate import Thresholds, Trial, decide
 
 
 def trials(defects: tuple[list[float], list[float]], normals: tuple[list[float], list[float]]) -> list[Trial]:
@@ -96,3 +96,26 @@ def test_flipped_verdicts_promote_no_worse_challenger() -> None:
 def test_the_answer_does_not_depend_on_the_order(random: np.random.Generator) -> None:
     rows = trials((drawn(random, 8, 0.5), drawn(random, 8, 0.6)), (drawn(random, 20, 0.3), drawn(random, 20, 0.3)))
     assert decide(rows).probability == pytest.approx(decide(rows[::-1]).probability, abs=0.05)
+
+
+def test_each_of_the_two_is_judged_at_its_own_threshold(random: np.random.Generator) -> None:
+    normals = drawn(random, 40, 0.3, spread=0.02)
+    rows = trials(([0.55, 0.6, 0.65, 0.7], [0.65, 0.7, 0.75, 0.8]), (normals, normals))
+
+    both = decide(rows, thresholds=Thresholds(0.5, 0.5))
+    assert both.challenger is not None
+    assert both.challenger.recall == 1
+
+    strict = decide(rows, thresholds=Thresholds(0.5, 0.72))
+    assert strict.challenger is not None
+    assert (strict.champion.recall, strict.challenger.recall) == (1, 0.5)  # type: ignore[union-attr]
+    assert not strict.promote
+    assert strict.dropped == (0, 1)
+
+
+def test_false_alarms_are_counted_at_the_threshold_in_use() -> None:
+    rows = trials(([], []), ([0.65, 0.65, 0.3, 0.2], [0.55, 0.55, 0.3, 0.2]))
+
+    assert not decide(rows).promote, "two alarms before and after"
+    assert decide(rows, thresholds=Thresholds(0.6, 0.6)).promote
+    assert not decide(rows, thresholds=Thresholds(0.7, 0.7)).promote

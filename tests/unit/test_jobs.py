@@ -12,7 +12,13 @@ from anomaly_workers import jobs, sweep
 from anomaly_workers.queues import JOBS
 from anomaly_workers.settings import load_settings
 
-ENQUEUED = {"score": {"project", "version", "tasks"}, "fit": {"project", "run"}, "feedback": {"project"}}
+ENQUEUED = {
+    "score": {"project", "version", "tasks"},
+    "fit": {"project", "run"},
+    "feedback": {"project"},
+    "threshold": {"project"},
+    "rank": {"project"},
+}
 
 
 def test_every_queued_name_is_an_allowed_function_and_nothing_else_is() -> None:

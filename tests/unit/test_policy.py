@@ -48,6 +48,6 @@ def test_a_choice_that_makes_no_sense_changes_nothing(project: ProjectStore, cha
 
 
 def test_a_choice_of_a_newer_release_is_passed_over(project: ProjectStore) -> None:
-    project.keep_policy({"strategy": "random", "invented": True})
+    project.keep_document(policy.NAME, {"strategy": "random", "invented": True})
 
     assert policy.read(project).strategy == "random"

@@ -43,7 +43,7 @@ def test_every_make_target_in_the_readme_exists() -> None:
 
 
 def test_every_address_in_the_readme_is_served() -> None:
-    routes = (ROOT / "backend/anomaly_backend/routes.py").read_text()
+    routes = "".join((ROOT / f"backend/anomaly_backend/{name}.py").read_text() for name in ("routes", "pages"))
     for address in re.findall(r"`/([a-z]+)[`/]", README):
         assert f'"/{address}' in routes, address
 

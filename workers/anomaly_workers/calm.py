@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ def calm(runtime: Runtime, session: Session, log: FeedbackLog, progress: Progres
     under the same version. A rejection that was taken back, or overruled, is forgotten.
     """
     store, version = session.store, session.store.current
-    wanted = rejections(log, version)
+    wanted = rejections(log, store.family(version))
     known = set(store.calmed(version))
     if wanted.keys() == known:
         return 0
@@ -58,11 +58,16 @@ def calm(runtime: Runtime, session: Session, log: FeedbackLog, progress: Progres
     return _score_again(runtime, session, version, own | alike(session, detector, version, changed), progress)
 
 
-def rejections(log: FeedbackLog, version: str) -> dict[int, Example]:
-    """Return what annotators rejected of a version's predictions, by the number of the newest entry that says so."""
+def rejections(log: FeedbackLog, family: Collection[str]) -> dict[int, Example]:
+    """Return what annotators rejected of predictions, by the number of the newest entry that says so.
+
+    Args:
+        log: what annotators said.
+        family: the versions whose predictions count: they share their weights, and so what is calm.
+    """
     entries: dict[int, list[Entry]] = {}
     for entry in log.current().values():
-        if entry.version == version and (entry.judged == "false alarm" or entry.rejected):
+        if entry.version in family and (entry.judged == "false alarm" or entry.rejected):
             entries.setdefault(entry.task, []).append(entry)
     examples = {example.task: example for example in log.examples(entries)}
     return {

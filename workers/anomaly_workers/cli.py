@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from anomaly_workers import doctor as checks
-from anomaly_workers import enrol, queues, server, stack, sweep
+from anomaly_workers import enrol, operating, policy, queues, server, stack, sweep, tabs, tune
+from anomaly_workers.active import strategies
+from anomaly_workers.active.strategies import STRATEGIES
 from anomaly_workers.client import Client
+from anomaly_workers.connect import Plan
 from anomaly_workers.errors import AnomalyError, ConfigError
 from anomaly_workers.labelstudio import config
+from anomaly_workers.pages import report as pages
 from anomaly_workers.queues import Queues
 from anomaly_workers.settings import Settings, load_settings, public_url, to_environ
 from anomaly_workers.store import ProjectStore, Store
@@ -113,6 +118,14 @@ def connect(
     project: Annotated[int | None, typer.Option("--project", "-p", help="Connect this project.")] = None,
     create: Annotated[str, typer.Option(help="Create a project with this title.")] = "",
     heatmap: Annotated[bool, typer.Option(help="Show the heatmap beside the image.")] = True,
+    annotators: Annotated[
+        int | None, typer.Option(help="People who review at once; each gets a tab, no two the same task.")
+    ] = None,
+    add: Annotated[
+        str, typer.Option(help="Add to an existing label config what it lacks of: verdict,mask,score.")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before changing a label config.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
 ) -> None:
     """Connect a Label Studio project. Safe to run again: what is right stays as it is."""
     settings = _settings()
@@ -122,12 +135,49 @@ def connect(
         raise ConfigError("Say where Label Studio is: --url and --token (or ANOMALY_LABEL_STUDIO_URL and _TOKEN).")
     if (project is None) == (not create):
         raise ConfigError("Give either --project ID or --create TITLE.")
-    report = enrol.enrol(settings, url, token, project=project, create=create, heatmap=heatmap)
+    wanted = tuple(part.strip() for part in add.split(",") if part.strip())
+    plan = enrol.plan(settings, url, token, project=project, create=create, heatmap=heatmap, add=wanted)
+    _print_plan(plan, everything=dry_run)
+    if dry_run:
+        return
+    if plan.replaces_config and not yes and sys.stdin.isatty():
+        typer.confirm(f"Change the label config of project {plan.project} so?", abort=True)
+    report = enrol.enrol(
+        settings, url, token, project=project, create=create, heatmap=heatmap, annotators=annotators, add=wanted
+    )
     for change in report.changes or ("nothing to change",):
         console.print(f"  {change}", highlight=False)
     console.print(
         f"[bold green]connected[/] project {report.project} '{report.title}': {report.address}", soft_wrap=True
     )
+    console.print(enrol.page_hint(settings, report.project), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def queue(
+    project: ProjectOption,
+    strategy: Annotated[str, typer.Option(help=f"Order of review: {', '.join(STRATEGIES)}.")] = "",
+    annotators: Annotated[
+        int | None, typer.Option(help="People who review at once; each gets a tab, no two the same task.")
+    ] = None,
+) -> None:
+    """Print the links of the review queues and what comes first; choose the order and the number of reviewers."""
+    store = Store(_settings().data_dir).project(project)
+    with Client(store.connection()) as client:
+        if strategy:
+            strategies.named(strategy)
+            policy.change(store, {"strategy": strategy})
+        if annotators is not None:
+            policy.change(store, {"annotators": annotators})
+        for change in tabs.ensure(
+            client, store, config.parse(store.label_config), annotators=policy.read(store).annotators
+        ):
+            console.print(f"  {change}", highlight=False)
+    for title, address in tabs.links(store, store.connection().url).items():
+        console.print(f"[bold]{title}[/]: {address}", soft_wrap=True)
+    first = store.document(sweep.QUEUE).get("front", [])
+    shown = ", ".join(map(str, first[:10])) or "not ordered yet"
+    console.print(f"order: {policy.read(store).strategy}   first: {shown}")
 
 
 @app.command()
@@ -155,6 +205,8 @@ def doctor(project: MaybeProject = None) -> None:
         if check.ok is False:
             table.add_row("", "", f"[bold]fix:[/] {check.fix}")
     console.print(table)
+    for one in known:
+        console.print(enrol.page_hint(settings, one.id), soft_wrap=True, highlight=False)
     if any(check.ok is False for check in found):
         raise typer.Exit(1)
 
@@ -282,6 +334,18 @@ def demo(
         raise typer.Exit(1)
 
 
+@app.command()
+def report(
+    project: ProjectOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file to write.")],
+) -> None:
+    """Write a project's page as one HTML file that needs nothing else: for mail, for the archive."""
+    settings = _settings()
+    queue = Queues(queues.connect(server.ensure(settings), tries=2), settings)
+    size = pages.write(settings, project, out, queue)
+    console.print(f"[bold green]wrote[/] {out} ({size / 1e6:.1f} MB)", highlight=False)
+
+
 # -- versions
 
 
@@ -337,9 +401,28 @@ def promote(project: ProjectOption, version: Annotated[str, typer.Argument(help=
     settings = _settings()
     store = Store(settings.data_dir).project(project)
     store.roll_out(version)
+    operating.follow(store, version)
     queue = Queues(queues.connect(server.ensure(settings)), settings)
     missing = sweep.sweep_project(Client(store.connection()), store, queue, settings)
     console.print(f"{version}: {missing} open tasks to score before the switch; see ls-anomaly jobs")
+
+
+@app.command()
+def threshold(
+    project: ProjectOption,
+    fpr: Annotated[float | None, typer.Option(help="Share of normal images that may raise an alarm.")] = None,
+    f1: Annotated[bool, typer.Option("--f1", help="The best F1 on confirmed images.")] = False,
+    at: Annotated[float | None, typer.Option(help="The threshold itself, between 0 and 1.")] = None,
+    wait: Annotated[bool, typer.Option(help="Wait until Label Studio has the new verdicts.")] = True,
+) -> None:
+    """Show where alarms begin and what that flags, or move it: verdicts and masks follow in seconds."""
+    changes = tune.choice(fpr=fpr, f1=f1, at=at)
+    settings = _settings()
+    store, client, queue = _open(settings, project)
+    if changes:
+        tune.decide(store, settings, changes)
+        tune.move(store, settings, queue, console, wait=wait)
+    tune.show(store, settings, client, console)
 
 
 @app.command()
@@ -353,6 +436,15 @@ def rollback(project: ProjectOption) -> None:
 
 
 # -- helpers
+
+
+def _print_plan(plan: Plan, *, everything: bool) -> None:
+    """Show how a label config would change, and with `everything` what else would."""
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    for line in plan.diff if everything or plan.replaces_config else ():
+        console.print(line, style=colours.get(line[0]), markup=False, highlight=False, soft_wrap=True)
+    for change in plan.changes if everything else ():
+        console.print(f"  would {change}", highlight=False)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -334,6 +334,16 @@ class Client:
         """Delete one prediction; one that is gone already is fine."""
         self._delete(f"/api/predictions/{prediction}/")
 
+    def update_prediction(self, prediction: int, **fields: float | int) -> bool:
+        """Change fields of a prediction, which its result survives; False if it is gone."""
+        try:
+            self._send("PATCH", f"/api/predictions/{prediction}/", body=fields)
+        except LabelStudioError as error:
+            if error.status != 404:
+                raise
+            return False
+        return True
+
     def delete_version(self, project: int, version: str) -> int:
         """Delete every prediction of a version and return how many there were.
 
@@ -349,6 +359,25 @@ class Client:
     def set_model_version(self, project: int, version: str) -> None:
         """Show the predictions of a version to annotators; it must have some. "" shows none."""
         self.update_project(project, model_version=version)
+
+    # --- tabs of the Data Manager ---------------------------------------------------------------------------------
+
+    def tabs(self, project: int) -> dict[int, JSON]:
+        """Return what each tab of the project shows, by tab id."""
+        stored = cast("list[JSON]", self._get("/api/dm/views/", {"project": project}))
+        return {int(item["id"]): dict(item.get("data") or {}) for item in stored}
+
+    def create_tab(self, project: int, data: JSON) -> int:
+        """Create a tab and return its id."""
+        return int(self._send("POST", "/api/dm/views/", body={"project": project, "data": data})["id"])
+
+    def update_tab(self, tab: int, project: int, data: JSON) -> None:
+        """Change what a tab shows."""
+        self._send("PATCH", f"/api/dm/views/{tab}/", body={"project": project, "data": data})
+
+    def delete_tab(self, tab: int) -> None:
+        """Delete a tab; one that is gone already is fine."""
+        self._delete(f"/api/dm/views/{tab}/")
 
     # --- webhooks and ML backends ---------------------------------------------------------------------------------
 

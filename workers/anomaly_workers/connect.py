@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from anomaly_workers.client import Backend, Client, Project, Webhook
@@ -58,6 +59,73 @@ class ConnectReport:
     changes: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `connect` would do; nothing was changed to find out.
+
+    Attributes:
+        project: project id, None if it would be created.
+        before: its label config now, empty if it would be created.
+        after: the label config it would have.
+        changes: what would change, one line each.
+    """
+
+    project: int | None
+    before: str
+    after: str
+    changes: tuple[str, ...]
+
+    @property
+    def diff(self) -> list[str]:
+        """The label config's unified diff, line by line; empty where nothing changes."""
+        lines = (self.before.splitlines(), self.after.splitlines())
+        return list(difflib.unified_diff(*lines, "label config now", "label config after", lineterm=""))
+
+    @property
+    def replaces_config(self) -> bool:
+        """Whether somebody's label config would be changed."""
+        return bool(self.before) and self.before != self.after
+
+
+def foresee(
+    client: Client,
+    settings: Settings,
+    *,
+    project: int | None,
+    create: str | None,
+    password: str,
+    heatmap_url: Callable[[int], str],
+    add_heatmap: bool = False,
+    add: Sequence[str] = (),
+) -> Plan:
+    """Say what `connect` would do with the same arguments.
+
+    Raises:
+        ConfigError: the label config cannot carry predictions.
+        LabelStudioError: Label Studio does not answer.
+    """
+    found = _existing(client, project, create)
+    url = backend_url(settings)
+    if found is None:
+        made = ("create the project", f"register the ML backend at {url}", "create the webhook")
+        return Plan(None, "", template.default_config(heatmap_url(0)), made)
+    wanted = _wanted_config(found, heatmap_url, add_heatmap, add)
+    changes = ["change the label config"] if wanted != found.label_config else []
+    changes += [f"set {name} to {value}" for name, value in _different(found).items()]
+    backends, webhooks = _own_backends(client, found.id, url), _own_webhooks(client, found.id, url)
+    if not backends:
+        changes.append(f"register the ML backend at {url}")
+    elif len(backends) > 1 or not _is_right(backends[0], url, settings.user):
+        changes.append(f"update ML backend {backends[0].id}")
+    if not webhooks:
+        changes.append("create the webhook")
+    elif len(webhooks) > 1 or not _is_subscribed(webhooks[0], {"Authorization": basic(settings.user, password)}):
+        changes.append(f"set the headers and actions of webhook {webhooks[0].id}")
+    if found.model_version == TITLE:
+        changes.append("leave live mode")
+    return Plan(found.id, found.label_config, wanted, tuple(changes))
+
+
 def connect(
     client: Client,
     settings: Settings,
@@ -67,6 +135,8 @@ def connect(
     password: str,
     heatmap_url: Callable[[int], str],
     add_heatmap: bool = False,
+    add: Sequence[str] = (),
+    keep_config: Callable[[int, str], object] = lambda _project, _xml: None,
 ) -> ConnectReport:
     """Set a project up: label config, project settings, ML backend, webhook.
 
@@ -78,6 +148,8 @@ def connect(
         password: the front end's basic-authentication password.
         heatmap_url: project id to the address of its heatmap pictures, as a browser sees it.
         add_heatmap: add the heatmap panel to the label config of an existing project.
+        add: controls to add to it where it has none of the kind: "verdict", "mask", "score".
+        keep_config: called with a project and its label config before that is replaced.
 
     Raises:
         ConfigError: the label config cannot carry predictions, or Label Studio cannot use the backend; the message
@@ -86,9 +158,12 @@ def connect(
     """
     changes: list[str] = []
     found = _project(client, project, create, heatmap_url, changes)
+    wanted = _wanted_config(found, heatmap_url, add_heatmap, add)
+    if wanted != found.label_config:
+        keep_config(found.id, found.label_config)
+        changes.append("changed the label config: " + ", ".join(_added(found.label_config, wanted)))
+        found = client.update_project(found.id, label_config=wanted)
     controls = config.parse(found.label_config)
-    if add_heatmap:
-        found = _with_panel(client, found, heatmap_url(found.id), changes)
     _set_fields(client, found, changes)
     url = backend_url(settings)
     backend = _register(client, found, url, settings.user, password, changes)
@@ -122,37 +197,49 @@ def _project(
     heatmap_url: Callable[[int], str],
     changes: list[str],
 ) -> Project:
-    if (project is None) == (not create):
-        raise ConfigError("Give either --project ID or --create TITLE.")
-    if project is not None:
-        return client.project(project)
-    assert create is not None
-    same = next((one for one in client.projects() if one.title == create), None)
+    same = _existing(client, project, create)
     if same is not None:
-        return client.project(same.id)
+        return same
+    assert create is not None
     new = client.create_project(create, template.default_config(""))
     changes.append(f"created project {new.id}")
     return client.update_project(new.id, label_config=template.default_config(heatmap_url(new.id)))
 
 
-def _with_panel(client: Client, project: Project, url: str, changes: list[str]) -> Project:
-    wanted = template.with_heatmap(project.label_config, url)
-    if wanted == project.label_config:
-        return project
-    changes.append("added the heatmap panel to the label config")
-    return client.update_project(project.id, label_config=wanted)
+def _existing(client: Client, project: int | None, create: str | None) -> Project | None:
+    if (project is None) == (not create):
+        raise ConfigError("Give either --project ID or --create TITLE.")
+    if project is not None:
+        return client.project(project)
+    same = next((one for one in client.projects() if one.title == create), None)
+    return None if same is None else client.project(same.id)
+
+
+def _wanted_config(project: Project, heatmap_url: Callable[[int], str], heatmap: bool, add: Sequence[str]) -> str:
+    wanted = template.with_controls(project.label_config, add) if add else project.label_config
+    config.parse(wanted)
+    return template.with_heatmap(wanted, heatmap_url(project.id)) if heatmap else wanted
+
+
+def _added(before: str, after: str) -> list[str]:
+    """Names of the tags that a label config has gained; none if an address in it changed."""
+    names = sorted(config.names_of(after) - config.names_of(before))
+    return [f"added {name}" for name in names] or ["set the heatmap's address"]
+
+
+def _different(project: Project) -> dict[str, str | int | bool]:
+    return {name: value for name, value in FIELDS.items() if getattr(project, name) != value}
 
 
 def _set_fields(client: Client, project: Project, changes: list[str]) -> None:
-    different = {name: value for name, value in FIELDS.items() if getattr(project, name) != value}
+    different = _different(project)
     if different:
         client.update_project(project.id, **different)
         changes += [f"set {name} to {value}" for name, value in different.items()]
 
 
 def _register(client: Client, project: Project, url: str, user: str, password: str, changes: list[str]) -> Backend:
-    ours = [one for one in client.backends(project.id) if _same(one.url, url) or one.title == TITLE]
-    ours.sort(key=lambda one: (not _same(one.url, url), one.id))
+    ours = _own_backends(client, project.id, url)
     for extra in ours[1:]:
         client.delete_backend(extra.id)
         changes.append(f"removed ML backend {extra.id}, which was registered twice")
@@ -168,6 +255,16 @@ def _register(client: Client, project: Project, url: str, user: str, password: s
         raise _explained(client, project.id, url, error) from error
     changes.append(f"registered ML backend {backend.id} at {url}")
     return backend
+
+
+def _own_backends(client: Client, project: int, url: str) -> list[Backend]:
+    ours = [one for one in client.backends(project) if _same(one.url, url) or one.title == TITLE]
+    return sorted(ours, key=lambda one: (not _same(one.url, url), one.id))
+
+
+def _own_webhooks(client: Client, project: int, url: str) -> list[Webhook]:
+    ours = (one for one in client.webhooks(project) if _same(one.url, f"{url}/webhook"))
+    return sorted(ours, key=lambda one: one.id)
 
 
 def _is_right(backend: Backend, url: str, user: str) -> bool:
@@ -205,7 +302,7 @@ def _explained(client: Client, project: int, url: str, error: LabelStudioError) 
 
 def _subscribe(client: Client, project: int, url: str, headers: Mapping[str, str], changes: list[str]) -> Webhook:
     address = f"{url}/webhook"
-    ours = sorted((one for one in client.webhooks(project) if _same(one.url, address)), key=lambda one: one.id)
+    ours = _own_webhooks(client, project, url)
     for extra in ours[1:]:
         client.delete_webhook(extra.id)
         changes.append(f"removed webhook {extra.id}, which existed twice")

@@ -18,9 +18,9 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from anomaly_workers import instance, metrics, queues, sample, server
+from anomaly_workers import instance, metrics, queues, sample, server, tabs
 from anomaly_workers.client import Client
-from anomaly_workers.enrol import enrol
+from anomaly_workers.enrol import enrol, front_password, page_address
 from anomaly_workers.errors import ConfigError, JobError
 from anomaly_workers.labelstudio import config
 from anomaly_workers.queues import Queues
@@ -188,7 +188,7 @@ def _show(
     if not wrong:
         console.print("[green]✓[/] every open task carries exactly one prediction of the deployed version")
     if not check and not stop.is_set():
-        _invite(place, report.project, console)
+        _invite(place, settings, store, console)
         stop.wait()
     return wrong
 
@@ -292,11 +292,15 @@ def summarise(store: ProjectStore, tasks: dict[int, Picture], watch: Watch, cons
     console.print(table)
 
 
-def _invite(place: instance.Instance, project: int, console: Console) -> None:
+def _invite(place: instance.Instance, settings: Settings, store: ProjectStore, console: Console) -> None:
+    streams = "".join(f"{title:<16}{address}\n" for title, address in tabs.links(store, place.url).items())
     console.print(
         Panel(
-            f"[bold]{place.url}/projects/{project}/data[/]\n"
+            f"[bold]{place.url}/projects/{store.id}/data[/]\n"
             f"e-mail    {EMAIL}\npassword  {PASSWORD}\n\n"
+            f"{streams}\n"
+            f"The project's page: {page_address(settings, store.id)}\n"
+            f"user      {settings.user}\npassword  {front_password(settings)}\n\n"
             "Open a task: verdict, mask and heatmap are there, correct them and submit.\nCtrl-C stops everything.",
             title="Label Studio is ready",
             expand=False,

@@ -142,6 +142,11 @@ class Listing(Protocol):
         """Return those of `tasks` that exist, with all their annotations."""
 
 
+def verdict(entries: Sequence[Entry]) -> bool | None:
+    """Return what the living entries of one task say together; None on a tie or without any verdict."""
+    return _majority([bool(vote.anomaly) for vote in _newest_of_each(entries) if vote.anomaly is not None])
+
+
 class FeedbackLog:
     """The feedback of one project. Any number of processes may read it and reconcile it."""
 

@@ -12,6 +12,8 @@ _ESCAPE = re.compile(r"_([0-9a-f]{2})")
 _SCORE = re.compile(r"score-(\d+)-(.+)-([0-9a-f]{16})")
 _FIT = re.compile(r"fit-(\d+)-(.+)")
 _FEEDBACK = re.compile(r"feedback-(\d+)-.+")
+_THRESHOLD = re.compile(r"threshold-(\d+)-.+")
+_RANK = re.compile(r"rank-(\d+)-.+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,29 @@ class FeedbackKey:
         return f"feedback-{self.project}-look"
 
 
-JobKey = ScoreKey | FitKey | FeedbackKey
+@dataclass(frozen=True, slots=True)
+class ThresholdKey:
+    """One move of a project's threshold to where its policy wants it."""
+
+    project: int
+    kind = "threshold"
+
+    def __str__(self) -> str:
+        return f"threshold-{self.project}-move"
+
+
+@dataclass(frozen=True, slots=True)
+class RankKey:
+    """One ordering of a project's review queue."""
+
+    project: int
+    kind = "rank"
+
+    def __str__(self) -> str:
+        return f"rank-{self.project}-queue"
+
+
+JobKey = ScoreKey | FitKey | FeedbackKey | ThresholdKey | RankKey
 
 
 def parse_key(job_id: str) -> JobKey | None:
@@ -67,6 +91,10 @@ def parse_key(job_id: str) -> JobKey | None:
         return FitKey(int(match[1]), _unescape(match[2]))
     if match := _FEEDBACK.fullmatch(job_id):
         return FeedbackKey(int(match[1]))
+    if match := _THRESHOLD.fullmatch(job_id):
+        return ThresholdKey(int(match[1]))
+    if match := _RANK.fullmatch(job_id):
+        return RankKey(int(match[1]))
     return None
 
 

@@ -8,7 +8,9 @@ from typing import Any
 from redis import Redis
 
 from anomaly_workers.calm import feedback
+from anomaly_workers.judging import threshold
 from anomaly_workers.learning import fit
+from anomaly_workers.review import rank
 from anomaly_workers.runtime import Runtime
 from anomaly_workers.scoring import score
 from anomaly_workers.settings import Settings
@@ -23,5 +25,7 @@ ALLOWED: Mapping[str, Callable[..., Any]] = {
     "anomaly_workers.jobs.score": score,
     "anomaly_workers.jobs.fit": fit,
     "anomaly_workers.jobs.feedback": feedback,
+    "anomaly_workers.jobs.threshold": threshold,
+    "anomaly_workers.jobs.rank": rank,
 }
 """The only functions a worker calls, whatever Redis says."""

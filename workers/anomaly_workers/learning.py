@@ -5,17 +5,20 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from typing import cast
 
 from torch import Tensor
 
-from anomaly_workers import scoring, sweep
+from anomaly_workers import operating, policy, scoring, sweep
 from anomaly_workers.counters import count
 from anomaly_workers.detectors.patchwise import PatchwiseDetector
 from anomaly_workers.feedback import Example, FeedbackLog
+from anomaly_workers.operating import Evidence
+from anomaly_workers.policy import Rule
 from anomaly_workers.refine import gate
+from anomaly_workers.refine.gate import Thresholds
 from anomaly_workers.refine.study import Lesson, inside_cells, study
 from anomaly_workers.runtime import Runtime, Session
 from anomaly_workers.sweep import TrainingTasks
@@ -38,11 +41,13 @@ class Confirmed:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A fitted detector with its scores of confirmed images that it has not seen, by task."""
+    """A fitted detector with its scores of confirmed images that it has not seen, by task, and its threshold's rule."""
 
     detector: PatchwiseDetector = field(repr=False)
     scores: Mapping[int, float] = field(repr=False)
     kind: str
+    rule: Rule = "fpr"
+    value: float = 0.0
 
 
 def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict[str, int | str]:
@@ -75,7 +80,7 @@ def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict
     confirmed = _confirmed(runtime, session, detector, examples, normals)
     tasks = [chosen.tasks[index].id for index in usable]
     flags = [chosen.confirmed[index] for index in usable]
-    candidates = _candidates(
+    trained = _candidates(
         runtime,
         detector,
         tasks,
@@ -84,6 +89,7 @@ def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict
         confirmed,
         scoring.part(polite, 0.25, 0.9),
     )
+    candidates = [_with_threshold(runtime, session, one, confirmed) for one in trained]
     winner, decision = _choose(runtime, session, candidates, confirmed)
     promote = decision is None or decision.promote
     card = _card(runtime, chosen, tasks, flags, confirmed, winner, run) | {
@@ -164,6 +170,18 @@ def _candidates(
     return [Candidate(joined, scores, "bank and head"), bank]
 
 
+def _with_threshold(
+    runtime: Runtime, session: Session, candidate: Candidate, confirmed: Sequence[Confirmed]
+) -> Candidate:
+    """Put the threshold where the project's policy wants it."""
+    detector = candidate.detector
+    verdicts = {one.example.task: bool(one.example.anomaly) for one in confirmed}
+    judged = {task: (score, verdicts[task]) for task, score in candidate.scores.items()}
+    known = Evidence(detector.calibration, detector.options.target_fpr, detector.held_out, judged)
+    detector.threshold, rule, value = operating.settle(policy.read(session.store), known, runtime.settings)
+    return replace(candidate, rule=rule, value=value)
+
+
 def _choose(
     runtime: Runtime, session: Session, candidates: Sequence[Candidate], confirmed: Sequence[Confirmed]
 ) -> tuple[Candidate, gate.Decision | None]:
@@ -171,7 +189,14 @@ def _choose(
     if not session.store.current or not confirmed:
         return candidates[-1], None
     champion = _champion_scores(runtime, session, confirmed)
-    decided = [(candidate, gate.decide(_trials(confirmed, champion, candidate.scores))) for candidate in candidates]
+    line = float(session.store.card(session.store.current)["threshold"])
+    decided = [
+        (
+            one,
+            gate.decide(_trials(confirmed, champion, one.scores), thresholds=Thresholds(line, one.detector.threshold)),
+        )
+        for one in candidates
+    ]
     return next(((one, decision) for one, decision in decided if decision.promote), decided[0])
 
 
@@ -242,8 +267,11 @@ def _card(
         "tasks": list(tasks),
         "annotations": sorted(one for item in confirmed for one in item.example.annotations),
         "held_out": {str(task): round(score, 6) for task, score in winner.scores.items()},
+        "normals": [round(score, 6) for score in winner.detector.held_out],
         "project_images": chosen.available,
         "threshold": winner.detector.threshold,
+        "rule": winner.rule,
+        "value": winner.value,
         "target_fpr": runtime.settings.target_fpr,
         "code": metadata.version("label-studio-anomaly"),
         "torch": metadata.version("torch"),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal, get_args
 
 from anomaly_workers.errors import ConfigError
+from anomaly_workers.labelstudio import encode
 from anomaly_workers.store import ProjectStore
 from anomaly_workers.types import JSON
 
 Rule = Literal["fpr", "f1", "number"]
 """How the operating point is found: from the normals' scores, from confirmed images, or given."""
 
-MOST_ANNOTATORS = 10
+NAME = "policy"
+MOST_ANNOTATORS = encode.MOST_SHARES
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Policy:
 
 def read(store: ProjectStore) -> Policy:
     """Return a project's policy."""
-    stored = store.policy()
+    stored = store.document(NAME)
     known = {field.name for field in fields(Policy)}
     return Policy(**{name: value for name, value in stored.items() if name in known})
 
@@ -58,5 +59,5 @@ def change(store: ProjectStore, changes: JSON) -> Policy:
         ConfigError: a choice that makes no sense; nothing is changed then.
     """
     policy = replace(read(store), **changes)
-    store.keep_policy(json.loads(json.dumps(asdict(policy))))
+    store.keep_document(NAME, asdict(policy))
     return policy

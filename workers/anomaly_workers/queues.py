@@ -20,7 +20,7 @@ from rq.job import Job, JobStatus, Retry
 from rq.serializers import JSONSerializer
 from rq.utils import utcformat, utcparse
 
-from anomaly_workers.jobkey import FeedbackKey, FitKey, JobKey, ScoreKey, parse_key
+from anomaly_workers.jobkey import FeedbackKey, FitKey, JobKey, RankKey, ScoreKey, ThresholdKey, parse_key
 from anomaly_workers.scripts import Scripts, text
 from anomaly_workers.settings import Settings
 from anomaly_workers.types import JobInfo, Task
@@ -31,7 +31,7 @@ QUEUES = ("interactive", "score", "learn")
 LEARN = "learn"
 """The queue whose jobs take long; a worker of its own runs them."""
 
-JOBS = {kind: f"anomaly_workers.jobs.{kind}" for kind in ("score", "fit", "feedback")}
+JOBS = {kind: f"anomaly_workers.jobs.{kind}" for kind in ("score", "fit", "feedback", "threshold", "rank")}
 """The functions that jobs may call, by kind."""
 
 RETRY_SECONDS = (1, 5, 20)
@@ -121,6 +121,23 @@ class Queues:
         fields["description"] = f"read the annotations of project {project}"
         return text(self._scripts.add_next(args=[str(key), "interactive", *_flat(fields)]))
 
+    def enqueue_threshold(self, project: int) -> str:
+        """Have the project's threshold moved to where its policy wants it; return the id of the job that will do it.
+
+        At most one move waits while one runs, so that whatever is decided during a move is seen by the next.
+        """
+        key = ThresholdKey(project)
+        fields = self._fields(key, {"project": project})
+        fields["description"] = f"move the threshold of project {project}"
+        return text(self._scripts.add_next(args=[str(key), "interactive", *_flat(fields)]))
+
+    def enqueue_rank(self, project: int) -> str:
+        """Have the project's review queue ordered again; return the id of the job that will do it."""
+        key = RankKey(project)
+        fields = self._fields(key, {"project": project})
+        fields["description"] = f"order the review queue of project {project}"
+        return text(self._scripts.add_next(args=[str(key), LEARN, *_flat(fields)]))
+
     def busy(self, project: int, version: str) -> frozenset[int]:
         """Return the ids of the tasks that are queued, running or waiting for another try with `version`."""
         return self._tasks(self._under_way(("interactive", "score")), project, version)
@@ -145,14 +162,20 @@ class Queues:
 
     def fitting(self, project: int) -> bool:
         """Tell whether a fit of the project is queued, running or waiting for another try."""
-        keys = (parse_key(job_id) for job_id in self._under_way((LEARN,)))
-        return any(isinstance(key, FitKey) and key.project == project for key in keys)
+        return self.under_way(project, "fit")
+
+    def under_way(self, project: int, kind: str) -> bool:
+        """Tell whether a job of a kind is queued, running or waiting for another try."""
+        keys = (parse_key(job_id) for job_id in self._under_way(QUEUES))
+        return any(key is not None and (key.kind, key.project) == (kind, project) for key in keys)
 
     def gave_up_fitting(self, project: int, *, within: float) -> bool:
         """Tell whether a fit of the project failed for good, or was cancelled, in the last `within` seconds."""
-        since = time.time() + FAILURE_SECONDS - within  # the registry holds when a job is forgotten
-        recent = self.connection.zrangebyscore(f"{RQ_KEY_PREFIX}:failed:{LEARN}", f"({since}", "+inf")
-        return any(_project(text(job_id)) == project for job_id in cast("list[bytes]", recent))
+        return self._gave_up(FitKey, LEARN, project, within=within)
+
+    def gave_up_moving(self, project: int, *, within: float) -> bool:
+        """Tell whether a move of the project's threshold failed for good, or was cancelled, in the last seconds."""
+        return self._gave_up(ThresholdKey, "interactive", project, within=within)
 
     def jobs(self, project: int | None = None) -> list[JobInfo]:
         """Return all jobs that are kept, of one project or of all: what runs first, what has ended last."""
@@ -207,6 +230,12 @@ class Queues:
             status=JobStatus.QUEUED,
         )
         return job.to_dict() | {"enqueued_at": utcformat(datetime.now(UTC))}
+
+    def _gave_up(self, kind: type[JobKey], queue: str, project: int, *, within: float) -> bool:
+        since = time.time() + FAILURE_SECONDS - within  # the registry holds when a job is forgotten
+        recent = self.connection.zrangebyscore(f"{RQ_KEY_PREFIX}:failed:{queue}", f"({since}", "+inf")
+        keys = (parse_key(text(job_id)) for job_id in cast("list[bytes]", recent))
+        return any(isinstance(key, kind) and key.project == project for key in keys)
 
     def _under_way(self, queues: Iterable[str]) -> list[str]:
         with self.connection.pipeline() as pipeline:

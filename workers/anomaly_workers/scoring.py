@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -45,10 +45,19 @@ def score(
         return {"skipped": f"{version} is no longer wanted"}
     wanted = [Task(id=int(task["id"]), data=task["data"]) for task in tasks]
     stored = {task.id: record for task in wanted if (record := _stored(session, version, task)) is not None}
-    scored = detect(runtime, session, version, [task for task in wanted if task.id not in stored], progress)
+    missing = [task for task in wanted if task.id not in stored]
+    before = {task.id for task in missing if session.store.record(version, task.id) is not None}
+    renamed = {task.id: record for task in missing if (record := re_encoded(session, version, task)) is not None}
+    scored = detect(runtime, session, version, [task for task in missing if task.id not in renamed], progress)
     predictions = [keep(session, version, item) for item in scored] + list(stored.values())
     progress(0.8, "pushing")
-    pushed = push.predictions(runtime.redis, session.client, session.store, version, predictions)
+    fresh, others = [item for item in predictions if item["task"] not in before], _bare(renamed.values())
+    others += [item for item in predictions if item["task"] in before]
+    pushed = push.predictions(runtime.redis, session.client, session.store, version, fresh)
+    pushed += push.replacements(runtime.redis, session.client, session.store, version, others)
+    for task, record in renamed.items():  # last: whoever is killed before does it again
+        session.store.derive_record(version, task, record)
+    predictions += renamed.values()
     session.store.forget_failures([item.task.id for item in scored])
     count(runtime.redis, "images_scored", len(scored))
     count(runtime.redis, "predictions_pushed", pushed)
@@ -96,13 +105,42 @@ def keep(session: Session, version: str, item: Scored) -> JSON:
     extra = {
         "anomaly_score": detection.score,
         "threshold": detection.threshold,
+        "size": list(detection.size),
         "image": image_key(value),
         "controls": repr(session.controls),
         "calmed": len(session.store.calmed(version)),
+        "parts": [round(part, 6) for part in detection.parts],
     }
     record = prediction | {"anomaly": extra}
     session.store.keep_record(version, item.task.id, record, detection.anomaly_map, hottest=detection.hottest)
     return prediction
+
+
+def re_encoded(session: Session, version: str, task: Task) -> JSON | None:
+    """Return the record of a task in the names of a label config that changed since.
+
+    The map is stored, so the network need not look again. None where that is not enough: another image since, or a
+    record of an earlier release that does not say how large the image is.
+    """
+    record = session.store.record(version, task.id)
+    if record is None:
+        return None
+    about = record["anomaly"]
+    anomaly_map, size = session.store.anomaly_map(version, task.id), about.get("size")
+    if anomaly_map is None or not size or not _is_same_image(session, task, about):
+        return None
+    detection = Detection(about["anomaly_score"], about["threshold"], anomaly_map, (int(size[0]), int(size[1])))
+    prediction = encode.prediction(task.id, detection, regions(detection), session.controls, version)
+    return prediction | {"anomaly": about | {"controls": repr(session.controls)}}
+
+
+def _bare(records: Iterable[JSON]) -> list[JSON]:
+    """Return records as Label Studio takes them."""
+    return [{name: value for name, value in record.items() if name != "anomaly"} for record in records]
+
+
+def _is_same_image(session: Session, task: Task, about: JSON) -> bool:
+    return bool(about["image"] == image_key(config.image_of(task.data, session.controls.value) or ""))
 
 
 def _stored(session: Session, version: str, task: Task) -> JSON | None:
@@ -111,8 +149,8 @@ def _stored(session: Session, version: str, task: Task) -> JSON | None:
     if record is None:
         return None
     about = record.pop("anomaly")
-    same_image = about["image"] == image_key(config.image_of(task.data, session.controls.value) or "")
-    return record if same_image and about["controls"] == repr(session.controls) else None
+    same_controls = about["controls"] == repr(session.controls)
+    return record if same_controls and _is_same_image(session, task, about) else None
 
 
 def _picture(runtime: Runtime, session: Session, task: Task, side: int) -> Picture | None:

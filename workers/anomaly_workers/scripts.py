@@ -84,8 +84,17 @@ local function after_death(id, queue, most, reason)
     return 'queued'
 end
 
--- Of a fit or a look at the annotations: one project's fits run one after the other, and so do its looks.
-local function prefix_of(id) return string.match(id, '^fit%-%d+%-') or string.match(id, '^feedback%-%d+%-') end
+-- Of jobs that run one after the other: a project's fits, its looks at the annotations, its moves of the threshold.
+local function prefix_of(id)
+    return string.match(id, '^fit%-%d+%-') or string.match(id, '^feedback%-%d+%-')
+        or string.match(id, '^threshold%-%d+%-') or string.match(id, '^rank%-%d+%-')
+end
+-- What must not run at the same time: looks and moves both write what a version says.
+local function rivals_of(id)
+    local project = string.match(id, '^feedback%-(%d+)%-') or string.match(id, '^threshold%-(%d+)%-')
+    if project then return {{'feedback-' .. project .. '-', 'threshold-' .. project .. '-'}} end
+    return {{prefix_of(id)}}
+end
 local function begins(id, prefix) return string.sub(id, 1, #prefix) == prefix end
 local function any_begins(ids, prefix)
     for _, id in ipairs(ids) do
@@ -145,9 +154,11 @@ local function promote(queue)
 end
 
 local function free(id, queue)
-    local prefix = prefix_of(id)
-    return not prefix or not (any_begins(redis.call('LRANGE', taken_of(queue), 0, -1), prefix)
-        or any_begins(redis.call('ZRANGE', rq .. 'wip:' .. queue, 0, -1), prefix))
+    for _, prefix in ipairs(rivals_of(id)) do
+        if any_begins(redis.call('LRANGE', taken_of(queue), 0, -1), prefix)
+            or any_begins(redis.call('ZRANGE', rq .. 'wip:' .. queue, 0, -1), prefix) then return false end
+    end
+    return true
 end
 
 for index = 2, #ARGV do

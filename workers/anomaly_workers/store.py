@@ -3,11 +3,16 @@
     DATA_DIR/secrets.json                         password and heatmap key, mode 0600
     DATA_DIR/projects/<project>/connection.json   Label Studio's address and token, mode 0600
                                /config.xml        the label config last seen
+                               /configs/<time>.xml  label configs that `connect` replaced
                                /current           name of the deployed version, one atomic pointer
                                /rollout           name of the version that is being scored to replace it
                                /announced         name of the version that Label Studio was told to show
                                /history.jsonl     every deployment, appended
+                               /title             its title in Label Studio
                                /policy.json       what people decided: review order, threshold
+                               /queue.json        the review queue as Label Studio knows it
+                               /names.json        for which controls all predictions were looked at last
+                               /tabs.json         ids of our Data Manager tabs
                                /versions/<version>/card.json, detector.json, detector.safetensors
                                /records/<version>/<task // 1000>/<task>.json, <task>.png (16-bit anomaly map),
                                                                 <task>.npy (its hottest patches)
@@ -18,7 +23,8 @@
                                /pictures/                    decoded uploads, may be removed at any time
                                /feedback/log.jsonl, masks/<digest>.png, lock
 
-Every write goes to a temporary name first and is renamed, so that a reader sees the old file or the new one.
+Every write goes to a temporary name first and is renamed, so that a reader sees the old file or the new one. That also
+lets versions of the same weights share maps, patches and heatmaps as hard links: a file never changes in place.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ import shutil
 import time
 from base64 import urlsafe_b64decode
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hmac import compare_digest
 from pathlib import Path
@@ -155,15 +161,32 @@ class ProjectStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             _write(self.folder / "config.xml", xml.encode())
 
-    def policy(self) -> JSON:
-        """Return what people decided for the project, empty if nothing."""
-        path = self.folder / "policy.json"
+    def keep_replaced_config(self, xml: str) -> Path:
+        """Keep a label config that is about to be replaced, so that it can be put back; return where."""
+        folder = self.folder / "configs"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(2)}.xml"
+        _write(path, xml.encode())
+        return path
+
+    @property
+    def title(self) -> str:
+        """The project's title in Label Studio when it was connected, empty if not known."""
+        return self._pointer("title")
+
+    def keep_title(self, title: str) -> None:
+        """Remember the project's title."""
+        _write(self.folder / "title", " ".join(title.split()).encode())
+
+    def document(self, name: str) -> JSON:
+        """Return a small document of the project, empty if there is none."""
+        path = self.folder / f"{_safe(name)}.json"
         return _read_json(path) if path.exists() else {}
 
-    def keep_policy(self, policy: Mapping[str, Any]) -> None:
-        """Remember what people decided."""
+    def keep_document(self, name: str, content: Mapping[str, Any]) -> None:
+        """Replace a small document of the project."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "policy.json", json.dumps(policy, indent=1).encode())
+        _write(self.folder / f"{_safe(name)}.json", json.dumps(content, indent=1).encode())
 
     # -- versions
 
@@ -210,6 +233,12 @@ class ProjectStore:
     def version_folder(self, version: str) -> Path:
         """Return where a version's files are."""
         return self.folder / "versions" / _safe(version)
+
+    def family(self, version: str) -> frozenset[str]:
+        """Return the versions that share a version's weights, itself among them; they differ in the threshold alone."""
+        cards = {str(card["version"]): str(card.get("weights_of") or card["version"]) for card in self.versions()}
+        root = cards.get(version, version)
+        return frozenset(name for name, weights in cards.items() if weights == root) | {version}
 
     @contextmanager
     def new_version(self) -> Iterator[Path]:
@@ -311,6 +340,20 @@ class ProjectStore:
         for path in sorted((self.folder / "records" / _safe(version)).glob("*/*.npy")):
             yield int(path.stem), _decode_rows(path)
 
+    def derive_maps(self, source: str, version: str) -> None:
+        """Let a version share the maps and hottest patches of another one of its family."""
+        root = self.folder / "records"
+        for pattern in ("*/[!.]*.png", "*/[!.]*.npy"):
+            _share_all(root / _safe(source), root / _safe(version), pattern)
+
+    def derive_record(self, version: str, task: int, record: Mapping[str, Any]) -> bool:
+        """Keep a record whose map the version shares with another one; False if there is no such map."""
+        path = self._record(version, task)
+        if not path.with_suffix(".png").exists():
+            return False
+        _write(path, json.dumps(record).encode())
+        return True
+
     # -- rejected alarms: patches that count as normal besides what a version was fitted on
 
     def keep_calmed(self, version: str, entry: int, patches: NDArray[np.float16]) -> None:
@@ -331,6 +374,12 @@ class ProjectStore:
         """Return the patches (k, d) of some feedback entries together."""
         rows = [_decode_rows(self._calmed(version) / f"{entry}.npy") for entry in entries]
         return np.concatenate(rows) if rows else np.zeros((0, 0), np.float16)
+
+    def derive_calmed(self, source: str, version: str) -> None:
+        """Make normal for a version what is so for another one of its family, and nothing else."""
+        for entry in set(self.calmed(version)) - set(self.calmed(source)):
+            self.forget_calmed(version, entry)
+        _share_all(self._calmed(source), self._calmed(version), "[0-9]*.npy")
 
     @property
     def learnt(self) -> int:
@@ -353,6 +402,21 @@ class ProjectStore:
         """Return the newest heatmap of an image: the deployed version's, or the one about to replace it."""
         candidates = [self._heatmap(version, image) for version in (self.current, self.rollout) if version]
         return next((path for path in candidates if path.exists()), None)
+
+    def heatmap_of(self, key: str) -> Path | None:
+        """Return the deployed version's heatmap of the image that has a key; see `image_key`."""
+        path = self._heatmap_file(self.current, key) if self.current and key else None
+        return path if path is not None and path.exists() else None
+
+    def derive_heatmaps(self, source: str, version: str) -> None:
+        """Let a version share another version's heatmaps, until they are drawn again."""
+        root = self.folder / "heatmaps"
+        _share_all(root / _safe(source), root / _safe(version), "*/[!.]*.png")
+
+    def shares_heatmap(self, source: str, version: str, image: str) -> bool:
+        """Tell whether a version still shows another version's heatmap of an image."""
+        before, path = self._heatmap(source, image), self._heatmap(version, image)
+        return before.exists() and path.exists() and before.samefile(path)
 
     # -- failures
 
@@ -402,7 +466,9 @@ class ProjectStore:
         return self.folder / "calmed" / _safe(version)
 
     def _heatmap(self, version: str, image: str) -> Path:
-        key = image_key(image)
+        return self._heatmap_file(version, image_key(image))
+
+    def _heatmap_file(self, version: str, key: str) -> Path:
         return self.folder / "heatmaps" / _safe(version) / key[:2] / f"{key}.png"
 
 
@@ -477,6 +543,32 @@ def _write(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
     os.replace(scratch, path)
+
+
+def share(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, a copy where the file system has no hard links; neither ever changes.
+
+    Raises:
+        FileNotFoundError: there is no `source`.
+    """
+    if target.exists():
+        if source.samefile(target):
+            return
+        target.unlink()
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _share_all(source: Path, target: Path, pattern: str) -> None:
+    for path in source.glob(pattern):
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # taken back meanwhile
+            share(path, place)
 
 
 def _write_once(path: Path, content: bytes) -> None:

@@ -18,7 +18,7 @@ from typing import cast
 from redis import Redis
 from redis.exceptions import LockError, RedisError
 
-from anomaly_workers import lifeline, push, queues, server
+from anomaly_workers import lifeline, operating, policy, push, queues, server
 from anomaly_workers.client import Client, Project
 from anomaly_workers.counters import count
 from anomaly_workers.errors import AnomalyError, LabelStudioError
@@ -27,12 +27,21 @@ from anomaly_workers.labelstudio import config
 from anomaly_workers.queues import Queues
 from anomaly_workers.settings import Settings, load_settings
 from anomaly_workers.store import ProjectStore, Store
-from anomaly_workers.types import Task
+from anomaly_workers.types import Controls, Task
 
 logger = logging.getLogger(__name__)
 
 ENOUGH_NORMALS = 20
 """Fewest confirmed normal images without which nothing unconfirmed is fitted on."""
+
+QUEUE = "queue"
+"""The document that says how the review queue was ordered last."""
+
+NAMES = "names"
+"""The document that says for which version and controls all predictions were looked at last."""
+
+REORDER_AFTER = 5
+"""New feedback entries after which the review queue is ordered again."""
 
 GROWTH = 2.0
 """A version fitted on few images is replaced once the project has this many times as many."""
@@ -44,7 +53,7 @@ LOOK_SECONDS = 60
 """How often annotations are looked at without a webhook that says so."""
 
 FIT_AGAIN_SECONDS = 600
-"""A fit that failed is not tried again sooner, unless somebody asks for it."""
+"""A fit, or a move of the threshold, that failed is not tried again sooner, unless somebody asks for it."""
 
 DOUBLES_SECONDS = 600
 """How often all predictions of a project are compared with its tasks, beyond the rounds that give a reason to."""
@@ -82,23 +91,26 @@ def sweep_project(
     """
     info = client.project(store.id)
     store.keep_label_config(info.label_config)
-    value = config.parse(store.label_config).value
+    controls = config.parse(store.label_config)
     if not store.target:
         if info.tasks and _may_queue_fit(store, queue, again=again):
             queue.enqueue_fit(store.id, "first")
         return info.tasks
     missing = client.open_tasks(store.id, without_version=store.target)
-    due = [task for task in missing if again or _is_due(store, task, value)]
+    due = [task for task in missing if again or _is_due(store, task, controls.value)]
     busy = queue.busy(store.id, store.target)
     if not again:
         busy |= queue.given_up(store.id, store.target)
+    if not due and not busy:  # what is under way gets the names of the config as it is now
+        due = [task for task in misnamed(client, store, controls) if again or _is_due(store, task, controls.value)]
     queue.enqueue_score(store.id, store.target, _by_priority(store, [task for task in due if task.id not in busy]))
     if not due:
         if store.rollout:
             finish_rollout(client, store, queue.connection)
         tidy(client, store, info, queue.connection)
-    if _time_to_look(store, queue.connection):
-        queue.enqueue_feedback(store.id)
+        if is_out_of_order(store) and not queue.under_way(store.id, "rank"):
+            queue.enqueue_rank(store.id)
+    _queue_upkeep(store, queue, settings)
     if may_learn(store, FeedbackLog(store), settings) and _may_queue_fit(store, queue, again=again):
         queue.enqueue_fit(store.id, "feedback")
     elif _has_grown(store, info, settings) and _may_queue_fit(store, queue, again=again):
@@ -106,10 +118,31 @@ def sweep_project(
     return len(due)
 
 
+def misnamed(client: Client, store: ProjectStore, controls: Controls) -> list[Task]:
+    """Return the open tasks whose prediction fills controls that the label config no longer has, or has changed.
+
+    Everything is read once after each change of the config and of the version, then no more.
+    """
+    version = store.target
+    checked = {"version": version, "controls": repr(controls)}
+    if store.document(NAMES) == checked:
+        return []
+    found = []
+    for task in client.open_tasks(store.id):
+        record = store.record(version, task.id)
+        if record is not None and record.get("anomaly", {}).get("controls") != checked["controls"]:
+            found.append(task)
+    if not found:
+        store.keep_document(NAMES, checked)
+    return found
+
+
 def finish_rollout(client: Client, store: ProjectStore, connection: Redis) -> None:
     """Deploy a version that every open task has a prediction of; at no moment does the label stream show none."""
     version = store.rollout
     with push.writing(connection, store.id):
+        if store.rollout != version:
+            return  # somebody else was first
         store.deploy(version, reason="every open task is scored")
         push.announce(client, store, version)
     logger.info("project %d: %s deployed", store.id, version)
@@ -127,13 +160,26 @@ def tidy(client: Client, store: ProjectStore, info: Project, connection: Redis) 
             store.keep_announced("")
             push.announce(client, store, store.current)
         for version in old:
-            client.delete_version(store.id, version)
+            if version not in (store.current, store.rollout):  # deployed since
+                client.delete_version(store.id, version)
         counts = client.prediction_counts(store.id, store.current)
         doubled = [task for task, count in counts.items() if count > 1]
         if doubled:
             for ids in client.prediction_ids(store.id, store.current, tasks=doubled).values():
                 for prediction in ids[:-1]:  # the newest stays
                     client.delete_prediction(prediction)
+
+
+def is_out_of_order(store: ProjectStore) -> bool:
+    """Whether the review queue was ordered for another version or strategy, or much came since."""
+    if not store.current or store.rollout:
+        return False
+    last = store.document(QUEUE)
+    ordered = (last.get("version"), last.get("strategy"), last.get("pushed"), last.get("complete"))
+    if ordered != (store.current, policy.read(store).strategy, store.pushed(store.current), True):
+        return True
+    seen = max((entry.seq for entry in FeedbackLog(store).entries()), default=0)
+    return seen - int(last["seen"]) >= REORDER_AFTER
 
 
 def training_tasks(client: Client, store: ProjectStore, examples: Sequence[Example], *, limit: int) -> TrainingTasks:
@@ -234,6 +280,13 @@ def _sweep_all(store: Store, queue: Queues, settings: Settings) -> None:
                 logger.warning("project %d: %s", project.id, error)
         except (AnomalyError, LockError) as error:
             logger.warning("project %d: %s", project.id, error)
+
+
+def _queue_upkeep(store: ProjectStore, queue: Queues, settings: Settings) -> None:
+    if operating.is_due(store, settings) and not queue.gave_up_moving(store.id, within=FIT_AGAIN_SECONDS):
+        queue.enqueue_threshold(store.id)
+    if _time_to_look(store, queue.connection):
+        queue.enqueue_feedback(store.id)
 
 
 def _is_due(store: ProjectStore, task: Task, value: str) -> bool:

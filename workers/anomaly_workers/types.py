@@ -42,6 +42,7 @@ class Detection:
         anomaly_map: (h, w) float32 in [0, 1] on the same scale, with the image's aspect ratio; not at full resolution.
         size: (height, width) of the original image in pixels.
         hottest: (k, d) features of the patches that look least normal, by which look-alikes are found; k may be 0.
+        parts: raw scores of memory bank and head apart, any scales, by which they disagree; empty without a head.
     """
 
     score: float
@@ -49,6 +50,7 @@ class Detection:
     anomaly_map: NDArray[np.float32]
     size: tuple[int, int]
     hottest: NDArray[np.float16] = field(default_factory=lambda: np.zeros((0, 0), np.float16), repr=False)
+    parts: tuple[float, ...] = ()
 
     @property
     def is_anomaly(self) -> bool:

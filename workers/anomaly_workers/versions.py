@@ -7,7 +7,10 @@ from typing import Any
 
 from anomaly_workers.types import JSON
 
-FIELDS = ("kind", "mode", "images", "confirmed", "defects", "defects_with_mask", "feedback", "run", "code", "created")
+FIELDS = (
+    *("kind", "mode", "images", "confirmed", "defects", "defects_with_mask", "feedback", "threshold", "rule"),
+    *("run", "code", "created"),
+)
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> JSON:

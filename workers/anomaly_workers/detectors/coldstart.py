@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anomaly_workers.detectors.calibration import gumbel_quantile
+from anomaly_workers.calibration import gumbel_quantile
 from anomaly_workers.detectors.crossfit import folds
 from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.neighbours import nearest, square_norms

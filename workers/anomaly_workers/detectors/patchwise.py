@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from anomaly_workers import backbones
 from anomaly_workers.backbones import Backbone
+from anomaly_workers.calibration import THRESHOLD, Calibration, calibrate
 from anomaly_workers.detectors.base import Detector, Options
-from anomaly_workers.detectors.calibration import THRESHOLD, Calibration, calibrate
 from anomaly_workers.detectors.coldstart import trusted
 from anomaly_workers.detectors.crossfit import held_out_scores
 from anomaly_workers.detectors.deviation import Head, views
@@ -181,15 +181,12 @@ class PatchwiseDetector(Detector):
 
     def predict(self, pictures: Sequence[Picture]) -> list[Detection]:
         """See `Detector.predict`; pictures of one shape share a pass."""
-        calibration = self.calibration
+        _ = self.calibration  # raises before the backbone works in vain
 
         def batch(indices: list[int]) -> list[Detection]:
             with torch.inference_mode():
-                some = [pictures[index] for index in indices]
-                own = [self._unconfirmed.get(fingerprint(picture), ()) for picture in some]
                 grids = grid_batch(self.backbone, pictures, indices)  # (n, h, w, d)
-                distances = self._distances(grids, own)  # (n, h, w)
-                return _detections(some, _hottest(grids, distances), distances, calibration, threshold=self.threshold)
+                return self.predict_grids([pictures[index] for index in indices], grids)
 
         batches = same_shapes(pictures)
         found: dict[int, Detection] = {}
@@ -197,22 +194,38 @@ class PatchwiseDetector(Detector):
             found |= dict(zip(indices, detections, strict=True))
         return [found[index] for index in range(len(pictures))]
 
-    def _distances(self, grids: Tensor, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
+    def predict_grids(self, pictures: Sequence[Picture], grids: Tensor) -> list[Detection]:
+        """Do what `predict` does with the grids (n, h, w, d) of n equally shaped pictures, computed before."""
+        with torch.inference_mode():
+            own = [self._unconfirmed.get(fingerprint(picture), ()) for picture in pictures]
+            distances, parts = self._seen(grids, own)  # (n, h, w), (n, 2)
+            rows = _hottest(grids, distances)
+            found = _detections(pictures, rows, distances, self.calibration, threshold=self.threshold)
+        return [replace(one, parts=tuple(row)) for one, row in zip(found, parts, strict=True)]
+
+    def _distances(self, grids: Tensor) -> Tensor:
         """Return how abnormal each patch of (n, h, w, d) is, in distances; a head may make it negative."""
+        return self._seen(grids)[0]
+
+    def _seen(self, grids: Tensor, without: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, list[list[float]]]:
+        """Return how abnormal each patch of (n, h, w, d) is, and the raw scores of bank and head for each of the n."""
         fitted, memory, head = self.memory, self._memory or self.memory, self._head
         if head is None:
-            return memory.distances(grids, without=without)
+            return memory.distances(grids, without=without), [[] for _ in grids]
         distances, residuals = fitted.looked_up(grids, without=without)
-        more = head.weight * (head.maps(views(residuals)) - head.zero)
+        deviations = head.maps(views(residuals)) - head.zero  # (n, h, w)
+        parts = torch.stack([raw_scores(distances), raw_scores(deviations)], dim=1).tolist()  # (n, 2)
+        more = head.weight * deviations
         if memory is fitted:
-            return distances + more
+            return distances + more, parts
         calm = memory.distances(grids, without=without)  # what was taken as normal is no defect to the head either
         shrunk = more * (calm / distances.clamp_min(1e-6)).clamp_max(1)
-        return calm + torch.where(more > 0, shrunk, more)
+        return calm + torch.where(more > 0, shrunk, more), parts
 
     def quietening(self, picture: Picture, where: NDArray[np.bool_] | None = None) -> NDArray[np.float16]:
-        """See `Detector.quietening`: the patches farther away than a typical normal image's score."""
-        level = self.calibration.limit - self.calibration.unit
+        """See `Detector.quietening`: the patches farther away than a typical normal image's score, or the threshold."""
+        typical = self.calibration.limit - self.calibration.unit
+        level = min(typical, self.calibration.raw(self.threshold))
         if not self.learns_defects:
             return np.zeros((0, 0), np.float16)
         with torch.inference_mode():

@@ -32,8 +32,9 @@ def regions(detection: Detection, *, min_share: float = MIN_SHARE, limit: int = 
     values = detection.anomaly_map
     cut = min(detection.threshold, float(values.max()))  # a score can pass a threshold that float32 maps just miss
     labels, count = ndimage.label(values >= cut, structure=_EIGHT)
-    index = np.arange(1, count + 1)
-    peaks = np.asarray(ndimage.maximum(values, labels, index), np.float64)
+    inside = labels > 0
+    peaks = np.zeros(count, np.float64)
+    np.maximum.at(peaks, labels[inside] - 1, values[inside])  # ndimage.maximum sorts the whole map
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
     order = np.argsort(-peaks, kind="stable")
     large = [i for i in order if areas[i] >= min_share * values.size] or [order[0]]

@@ -28,7 +28,7 @@ def parse(xml: str) -> Controls:
     root = _root(xml)
     images = _images(root)
     if not images:
-        raise ConfigError('The label config has no Image. Add <Image name="image" value="$image"/>.')
+        raise ConfigError(_no_image(root))
     found = list(_controls(root, images))
     if not found:
         raise ConfigError(_nothing_usable(root))
@@ -49,6 +49,24 @@ def parse(xml: str) -> Controls:
         mask_label=mask.label if mask else None,
         number=number.control if number else None,
     )
+
+
+def images_of(xml: str) -> dict[str, str]:
+    """Return the data key of every Image by its name, in document order.
+
+    Raises:
+        ConfigError: not XML, or no Image.
+    """
+    root = _root(xml)
+    found = _images(root)
+    if not found:
+        raise ConfigError(_no_image(root))
+    return found
+
+
+def names_of(xml: str) -> frozenset[str]:
+    """Return every name that a tag of a label config has."""
+    return frozenset(tag.get("name", "") for tag in _root(xml).iter())
 
 
 def image_of(data: Mapping[str, Any], value: str) -> str | None:
@@ -186,12 +204,20 @@ def _number_rank(one: _Found) -> bool:
     return not re.search(r"anomal|score|confid", one.control.name.lower())
 
 
+def _no_image(root: ElementTree.Element) -> str:
+    if any(tag.get("valueList") for tag in root.iter("Image")):
+        return "The label config's Image shows a list of pages (valueList), which is not supported. Use value."
+    shown = sorted({tag.tag for tag in root.iter() if tag.get("name") and tag.get("value", "").startswith("$")})
+    instead = f" (it shows: {', '.join(shown)})" if shown else ""
+    return f'The label config has no Image{instead}. Add <Image name="image" value="$image"/>.'
+
+
 def _nothing_usable(root: ElementTree.Element) -> str:
     tags = sorted({tag.tag for tag in root.iter() if tag.get("toName")}) or ["none"]
     return (
         "The label config has nothing on its Image that a prediction can fill (control tags found: "
         f"{', '.join(tags)}). Add Choices with a normal and an anomaly choice, BrushLabels, BitmaskLabels, "
-        "PolygonLabels, RectangleLabels or Number."
+        "PolygonLabels, RectangleLabels or Number; or let `ls-anomaly connect --add verdict,mask,score` add its own."
     )
 
 

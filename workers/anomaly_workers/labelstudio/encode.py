@@ -13,6 +13,8 @@ from anomaly_workers.types import JSON, Control, Controls, Detection, Region
 
 DIGITS = 4
 MIN_MARGIN = 1e-6
+MOST_SHARES = 10
+"""People that tasks can be shared among, see `share_mark`."""
 
 
 def prediction(task_id: int, detection: Detection, regions: Sequence[Region], controls: Controls, version: str) -> JSON:
@@ -27,7 +29,9 @@ def prediction(task_id: int, detection: Detection, regions: Sequence[Region], co
         "task": task_id,
         "model_version": version,
         "score": confidence(detection),
-        "result": [{"id": _stable_id(task_id, version, place), **part} for place, part in enumerate(result)],
+        "result": [
+            {"id": _stable_id(task_id, version, place, detection.score), **part} for place, part in enumerate(result)
+        ],
     }
 
 
@@ -37,6 +41,11 @@ def confidence(detection: Detection) -> float:
     room = 1 - detection.threshold if above else detection.threshold
     share = abs(detection.score - detection.threshold) / max(room, MIN_MARGIN)
     return round(min(max(share, 0.0), 1.0), DIGITS)
+
+
+def share_mark(share: int, people: int) -> str:
+    """Return what stands in the predictions of a share of the tasks, and in no other share's; no hexadecimal digits."""
+    return f"_{people}{'ghijklmnop'[share]}"
 
 
 def _verdict(detection: Detection, controls: Controls) -> list[JSON]:
@@ -122,9 +131,15 @@ _VALUES: dict[str, Callable[[NDArray[np.bool_], tuple[int, int]], JSON]] = {
 }
 
 
-def _stable_id(task_id: int, version: str, place: int) -> str:
-    """The same for the same task, version and place, so that a prediction made twice is equal."""
-    return hashlib.sha256(f"{task_id}:{version}:{place}".encode()).hexdigest()[:10]
+def _stable_id(task_id: int, version: str, place: int, score: float) -> str:
+    """The same for the same task, version and place, so that a prediction made twice is equal.
+
+    It begins with the anomaly score and ends with the shares the task belongs to: the Data Manager can neither sort
+    nor filter by such things, but it does both by a prediction's text.
+    """
+    digest = hashlib.sha256(f"{task_id}:{version}:{place}".encode()).hexdigest()
+    shares = "".join(share_mark(task_id % people, people) for people in range(2, MOST_SHARES + 1))
+    return f"{min(int(score * 10_000), 9_999):04d}{digest[:8]}{shares}"
 
 
 def _rounded(score: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anomaly_workers.detectors.calibration import THRESHOLD
+from anomaly_workers.calibration import THRESHOLD
 
 FEWEST = 3
 """Confirmed images of either kind below which nothing can be compared."""
@@ -44,8 +44,16 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Where each of the two raises an alarm; rules other than a number put it elsewhere on each one's scale."""
+
+    champion: float = THRESHOLD
+    challenger: float = THRESHOLD
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
-    """How well one of the two does on the confirmed images; the threshold is one half for both.
+    """How well one of the two does on the confirmed images, at its own threshold.
 
     Attributes:
         auroc: image AUROC.
@@ -87,7 +95,7 @@ class Decision:
         return asdict(self)
 
 
-def decide(trials: Sequence[Trial], *, seed: int = 0) -> Decision:
+def decide(trials: Sequence[Trial], *, thresholds: Thresholds = Thresholds(), seed: int = 0) -> Decision:
     """Compare on the same images, with the Bayesian bootstrap (Rubin 1981) over them.
 
     Ten images hardly move an AUROC: it counts few pairs, and most often is 1 before and after. How far defects stand
@@ -98,30 +106,29 @@ def decide(trials: Sequence[Trial], *, seed: int = 0) -> Decision:
     labels = np.array([trial.anomaly for trial in trials], np.bool_)
     defects, normals = int(labels.sum()), int((~labels).sum())
     if not defects and normals >= FEWEST:
-        return _by_alarms(trials)
+        return _by_alarms(trials, thresholds)
     if min(defects, normals) < FEWEST:
         reason = f"{defects} confirmed defects and {normals} confirmed normals: the gate needs {FEWEST} of each"
         return Decision(False, reason, 0.5, defects, normals)
     old = np.array([trial.champion for trial in trials], np.float64)
     new = np.array([trial.challenger for trial in trials], np.float64)
-    before, after = _figures(labels, old), _figures(labels, new)
+    before, after = _figures(labels, old, thresholds.champion), _figures(labels, new, thresholds.challenger)
     random = np.random.default_rng(seed)
     probability = _agreement((new - old)[labels][:, None], random)
     ranks_as_well = _agreement(_wins(labels, new) - _wins(labels, old), random)
-    dropped = tuple(trial.task for trial in trials if _right(trial, trial.champion) > _right(trial, trial.challenger))
+    dropped = _dropped(trials, thresholds)
     promote, reason = _judged(before, after, probability, ranks_as_well)
     return Decision(promote, reason, round(probability, 4), defects, normals, before, after, dropped)
 
 
-def _by_alarms(trials: Sequence[Trial]) -> Decision:
+def _by_alarms(trials: Sequence[Trial], thresholds: Thresholds) -> Decision:
     """Decide where no defect is confirmed: without one only false alarms can tell."""
-    before = float(np.mean([trial.champion >= THRESHOLD for trial in trials]))
-    after = float(np.mean([trial.challenger >= THRESHOLD for trial in trials]))
+    before = float(np.mean([trial.champion >= thresholds.champion for trial in trials]))
+    after = float(np.mean([trial.challenger >= thresholds.challenger for trial in trials]))
     promote = after < before
     alarms = f"false alarms on {len(trials)} confirmed normals {before:.0%} -> {after:.0%}, no confirmed defects"
     reason = f"fewer {alarms}" if promote else f"not fewer {alarms}"
-    dropped = tuple(trial.task for trial in trials if _right(trial, trial.champion) > _right(trial, trial.challenger))
-    return Decision(promote, reason, 0.5, 0, len(trials), dropped=dropped)
+    return Decision(promote, reason, 0.5, 0, len(trials), dropped=_dropped(trials, thresholds))
 
 
 def _judged(before: Figures, after: Figures, probability: float, ranks_as_well: float) -> tuple[bool, str]:
@@ -141,8 +148,8 @@ def _judged(before: Figures, after: Figures, probability: float, ranks_as_well: 
     return True, f"better: {margin}, {ranks}"
 
 
-def _figures(labels: NDArray[np.bool_], scores: NDArray[np.float64]) -> Figures:
-    alarms = scores >= THRESHOLD
+def _figures(labels: NDArray[np.bool_], scores: NDArray[np.float64], threshold: float) -> Figures:
+    alarms = scores >= threshold
     wins = _wins(labels, scores)
     return Figures(
         auroc=float(wins.mean()),
@@ -166,5 +173,11 @@ def _agreement(gain: NDArray[np.float64], random: np.random.Generator) -> float:
     return float((gains > 1e-12).mean() + 0.5 * (np.abs(gains) <= 1e-12).mean())
 
 
-def _right(trial: Trial, score: float) -> bool:
-    return trial.anomaly == (score >= THRESHOLD)
+def _dropped(trials: Sequence[Trial], thresholds: Thresholds) -> tuple[int, ...]:
+    """Return the tasks that the champion has on the right side of its threshold and the challenger has not."""
+    return tuple(
+        trial.task
+        for trial in trials
+        if trial.anomaly == (trial.champion >= thresholds.champion)
+        and trial.anomaly != (trial.challenger >= thresholds.challenger)
+    )

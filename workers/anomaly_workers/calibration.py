@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 THRESHOLD = 0.5
-"""The operating point on the calibrated scale, always."""
+"""The operating point on the calibrated scale, unless a project's policy moves it."""
 
 PRIOR_WEIGHT = 5.0
 """How many held-out scores the prior on the spread is worth."""
@@ -19,6 +19,7 @@ PRIOR_SPREAD = 0.08
 """Gumbel scale over location assumed before any score is seen: between the spreads of smooth and of busy surfaces."""
 
 _EULER = 0.5772156649015329
+_OUTERMOST = 1 - 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +48,32 @@ class Calibration:
         z = (raw - float(np.float32(self.limit))) / self.unit
         return 0.5 + 0.5 * z / (1 + abs(z))
 
+    def raw(self, score: float) -> float:
+        """Return the raw score that `score` makes this one of."""
+        share = min(max(2 * score - 1, -_OUTERMOST), _OUTERMOST)
+        return float(np.float32(self.limit)) + self.unit * share / (1 - abs(share))
+
 
 def calibrate(held_out: Sequence[float], *, target_fpr: float) -> Calibration:
-    """Fit the map to raw scores of normal images that the detector had not seen.
+    """Fit the map to raw scores of normal images that the detector had not seen."""
+    centre = _centre(held_out)
+    limit = tail_limit(held_out, target_fpr=target_fpr)
+    return Calibration(limit=limit, unit=max(limit - centre, 1e-6 + 0.01 * centre))
+
+
+def threshold_at(normals: Sequence[float], calibration: Calibration, *, target_fpr: float) -> float:
+    """Return the calibrated score that a normal image passes with probability `target_fpr`.
+
+    Args:
+        normals: calibrated scores of normal images that the detector had not seen.
+        calibration: what calibrated them.
+        target_fpr: any rate, not only the one that the calibration puts at one half.
+    """
+    return calibration.score(tail_limit([calibration.raw(score) for score in normals], target_fpr=target_fpr))
+
+
+def tail_limit(held_out: Sequence[float], *, target_fpr: float) -> float:
+    """Return the raw score that a normal image passes with probability `target_fpr`.
 
     An empirical 99 % quantile needs hundreds of normals, so the tail is extrapolated. An image's score is the maximum
     over its patches, and maxima follow an extreme value law (Fisher-Tippett-Gnedenko); the Gumbel law is fitted by
@@ -58,12 +82,10 @@ def calibrate(held_out: Sequence[float], *, target_fpr: float) -> Calibration:
     """
     scores = np.asarray(held_out, np.float64)
     location, scale = gumbel_fit(scores)
-    centre = max(float(np.median(scores)), 1e-6)
-    prior = PRIOR_SPREAD * centre
+    prior = PRIOR_SPREAD * _centre(held_out)
     spread = (len(scores) * scale + PRIOR_WEIGHT * prior) / (len(scores) + PRIOR_WEIGHT)
     mode = location + _EULER * (scale - spread)  # keeps the mean where it was
-    limit = mode + spread * gumbel_quantile(1 - target_fpr)
-    return Calibration(limit=limit, unit=max(limit - centre, 1e-6 + 0.01 * centre))
+    return mode + spread * gumbel_quantile(1 - target_fpr)
 
 
 def gumbel_fit(scores: NDArray[np.float64]) -> tuple[float, float]:
@@ -80,3 +102,7 @@ def gumbel_fit(scores: NDArray[np.float64]) -> tuple[float, float]:
 def gumbel_quantile(share: float) -> float:
     """Return the standard Gumbel law's quantile."""
     return -math.log(-math.log(share))
+
+
+def _centre(held_out: Sequence[float]) -> float:
+    return max(float(np.median(np.asarray(held_out, np.float64))), 1e-6)

@@ -1,0 +1,1 @@
+"""Query strategies: which images a person should look at first."""
