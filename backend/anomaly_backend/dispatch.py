@@ -75,7 +75,9 @@ class Dispatcher:
         if event.action == "START_TRAINING":
             return {"job": self.queues.enqueue_fit(project.id, "training")}
         if event.action == "TASKS_DELETED":
-            project.forget_failures([task.id for task in event.tasks])
+            gone = [task.id for task in event.tasks]
+            project.forget_failures(gone)
+            project.keep_deleted(gone)
         return {}
 
     def versions(self) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomaly_workers.errors import ConfigError
-from anomaly_workers.labelstudio import config, encode, masks
+from anomaly_workers.labelstudio import config, decode, encode, masks
 from anomaly_workers.pictures import PictureCache
 from anomaly_workers.store import ProjectStore
 from anomaly_workers.types import JSON, Controls, Detection, Region, Task
@@ -32,6 +32,9 @@ BELIEVABLE = (0.1, 4.0)
 
 SIDE = 96
 """Cutting out works on at most this many pixels squared: 20 ms on one core."""
+
+LONGEST = 65_535
+"""No side of an image is longer, whatever a hint says: JPEG's own limit."""
 
 PASSES = 2
 SEED = 1  # the picture's samples are clustered from a fixed start: the same click gives the same mask
@@ -68,12 +71,11 @@ def answer(project: ProjectStore, tasks: Sequence[Task], context: JSON) -> JSON 
         controls = config.parse(project.label_config)
     except ConfigError:
         return None
-    drawn = [region for region in context.get("result", []) if isinstance(region, dict)]
-    hints = [found for region in drawn if (found := hint(region, anomaly_map.shape)) is not None]
+    drawn = [region for region in _listed(context.get("result")) if _is_on(controls, region)]
+    size = _size(record, drawn, anomaly_map.shape)
+    hints = [found for region in drawn if (found := hint(region, anomaly_map.shape, size=size)) is not None]
     if controls.mask is None or not any(one.positive for one in hints):
         return None
-    size = (int(drawn[-1].get("original_height") or 0), int(drawn[-1].get("original_width") or 0))
-    size = size if min(size) > 0 else (anomaly_map.shape[0], anomaly_map.shape[1])
     mask = defect_at(anomaly_map, hints, picture=_picture(project, version, tasks[0], controls))
     region = Region(mask=mask, score=float(anomaly_map[mask].max(initial=0.0)))
     detection = Detection(float(anomaly_map.max()), 0.5, anomaly_map, size)
@@ -85,10 +87,16 @@ def answer(project: ProjectStore, tasks: Sequence[Task], context: JSON) -> JSON 
     return {"result": regions, "score": full["score"], "model_version": version}
 
 
-def hint(region: JSON, shape: tuple[int, ...]) -> Hint | None:
-    """Read a drawn region at the map's shape; None if it has no place. Label Studio marks clicks with Alt negative."""
+def hint(region: JSON, shape: tuple[int, ...], *, size: tuple[int, int] | None = None) -> Hint | None:
+    """Read a drawn region at the map's shape; None if it has no place. Label Studio marks clicks with Alt negative.
+
+    Args:
+        region: what Label Studio sends of it.
+        shape: (h, w) of the map.
+        size: (height, width) of the image; the map's own where only its proportions matter.
+    """
     positive = region.get("is_positive", True) is not False
-    value = region.get("value")
+    value, box = region.get("value"), "rectangle" in str(region.get("type"))
     if not isinstance(value, dict):
         return None
     try:
@@ -97,13 +105,16 @@ def hint(region: JSON, shape: tuple[int, ...]) -> Hint | None:
             mask = masks.filled(points, (shape[0], shape[1]))
         elif "rle" in value:
             original = (int(region["original_height"]), int(region["original_width"]))
+            if size is not None and original[0] * original[1] > 4 * size[0] * size[1]:
+                return None  # of another image, and perhaps too large to unpack
             mask = masks.reduced(masks.from_rle(value["rle"], original), (shape[0], shape[1]))
+        elif box and value.get("rotation"):
+            mask = masks.filled(decode.corners(value, size or (shape[0], shape[1])), (shape[0], shape[1]))
         else:
-            mask = _window(value, "rectangle" in str(region.get("type")), shape)
+            mask = _window(value, box, shape)
     except (ConfigError, KeyError, TypeError, ValueError, OverflowError):
         return None
-    encloses = "points" in value or "rectangle" in str(region.get("type"))
-    return Hint(mask, encloses, positive) if mask.any() else None
+    return Hint(mask, "points" in value or box, positive) if mask.any() else None
 
 
 def defect_at(anomaly_map: NDArray[np.float32], hints: Sequence[Hint], *, picture: Pixels | None = None) -> Mask:
@@ -129,6 +140,31 @@ def defect_at(anomaly_map: NDArray[np.float32], hints: Sequence[Hint], *, pictur
     for mask in around:
         found |= mask
     return _without(found, hints)
+
+
+def _listed(result: object) -> list[JSON]:
+    """Return the regions of a context, whatever was sent in their place."""
+    return [region for region in result if isinstance(region, dict)] if isinstance(result, list) else []
+
+
+def _is_on(controls: Controls, region: JSON) -> bool:
+    """Whether a region was drawn on the image that the mask belongs to, and not on the heatmap beside it."""
+    return controls.mask is not None and region.get("to_name", controls.mask.to_name) == controls.mask.to_name
+
+
+def _size(record: JSON, drawn: Sequence[JSON], shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the image's (height, width) as its record says; for an older record as the last hint does, or the map."""
+    about = record.get("anomaly")
+    said: list[object] = [about.get("size") if isinstance(about, dict) else None]
+    said += [[region.get("original_height"), region.get("original_width")] for region in drawn[-1:]]
+    for sides in said:
+        try:
+            height, width = (int(side) for side in sides)  # type: ignore[attr-defined]
+        except (TypeError, ValueError, OverflowError):
+            continue
+        if 0 < height <= LONGEST and 0 < width <= LONGEST and height * width <= masks.MAX_PIXELS:
+            return height, width
+    return shape[0], shape[1]
 
 
 def _raw(anomaly_map: NDArray[np.float32]) -> NDArray[np.float32]:

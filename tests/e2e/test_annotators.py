@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from product import Product, wait_for, washers
+from product import Product, crowding, wait_for, washers
 
 from anomaly_workers.enrol import front_password
 from anomaly_workers.feedback import FeedbackLog
@@ -16,6 +16,8 @@ from anomaly_workers.store import ProjectStore
 
 SECONDS = 10.0
 """From Submit to a calm map."""
+
+TRAINING_SECONDS = 0.2
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def test_a_rejected_alarm_is_calm_within_seconds_and_so_is_its_look_alike(
     seconds = time.monotonic() - began
     with capsys.disabled():
         print(f"\na rejected alarm and its look-alike were calm {seconds:.1f} s after Submit")
-    assert seconds < SECONDS
+    assert seconds < SECONDS * crowding()
     assert project.current == version
     assert score(project, version, defect) == pytest.approx(scores[defect], abs=0.02), "a real defect stays as it was"
     [example] = FeedbackLog(project).examples([rejected])
@@ -120,13 +122,19 @@ def test_lost_webhooks_are_made_up_for_and_repeated_ones_count_once(product: Pro
     assert len(log.entries()) == entries
 
 
-def test_start_training_answers_at_once(product: Product, project: ProjectStore) -> None:
+def test_start_training_answers_at_once(
+    product: Product, project: ProjectStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     address = f"http://127.0.0.1:{product.settings.port}/webhook"
     auth = (product.settings.user, front_password(product.settings))
-    began = time.monotonic()
-    answer = httpx.post(address, json={"action": "START_TRAINING", "project": {"id": project.id}}, auth=auth)
-    seconds = time.monotonic() - began
-    assert answer.json()["job"].startswith("fit-")
-    assert seconds < 0.5, "0.2 s on an idle machine"
+    taken = []
+    for _ in range(3):
+        began = time.monotonic()
+        answer = httpx.post(address, json={"action": "START_TRAINING", "project": {"id": project.id}}, auth=auth)
+        taken.append(time.monotonic() - began)
+        assert answer.json()["job"].startswith("fit-")
+    with capsys.disabled():
+        print(f"\nSTART_TRAINING answered in {', '.join(f'{one * 1000:.0f}' for one in taken)} ms")
+    assert min(taken) < TRAINING_SECONDS * crowding()
     wait_for(lambda: not product.queues().fitting(project.id), "the training run to end")
     assert project.versions()[-1]["decision"]["reason"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from product import Product, wait_for, washers
+from product import Product, crowding, wait_for, washers
 
 from anomaly_workers import counters, instance, policy
 from anomaly_workers.client import Client
@@ -23,7 +23,7 @@ from anomaly_workers.stack import Stack
 from anomaly_workers.store import ProjectStore
 from conftest import free_port
 
-SECONDS = 45.0
+SECONDS = 15.0
 """From the decision to 500 changed tasks in Label Studio: 5 on two cores that do nothing else, many times that when
 others use them."""
 
@@ -112,7 +112,7 @@ def test_a_moved_threshold_changes_500_tasks_without_the_network_and_rolls_back_
             f"\n{flips} of {len(known)} verdicts changed, {len(masked)} masks drawn, {seconds:.1f} s after the decision"
         )
     assert flips > 50
-    assert seconds < SECONDS
+    assert seconds < SECONDS * crowding()
     assert all(_masks(changed[task], second) for task in masked)
     wait_for(lambda: small.client.versions(store.id) == {second: len(known)}, "one prediction a task")
     assert all(len(small.client.predictions(store.id)[task]) == 1 for task in masked[:1])

@@ -163,6 +163,18 @@ def test_a_heatmap_panel_is_added_once_and_updated() -> None:
     assert config.parse(moved) == config.parse(xml)
 
 
+def test_only_the_real_heatmap_panel_is_updated() -> None:
+    old = '<Image name="anomaly_heatmap" value="http://a/h?src=$image"/>'
+    real = """<Image hint="a > b, value='x'"\n  name='anomaly_heatmap' value = 'http://a/h?src=$image' zoom="true"/>"""
+    xml = f"<View>\n  <!-- é {old} -->\n  {IMAGE}\n  {choices('good', 'bad')}\n  {real}\n</View>"
+    moved = template.with_heatmap(xml, "http://b/h")
+    assert moved == xml.replace(real, real.replace("'http://a/h?src=$image'", '"http://b/h?src=$image"'))
+    without = xml.replace(real, "")
+    added = template.with_heatmap(without, "http://b/h")
+    assert old in added, "a commented-out panel stays as it is"
+    assert "http://b/h?src=$image" in added
+
+
 @pytest.mark.parametrize("label", ["normal", "OK", "no anomaly", "defect-free", "free of defects", "sans défaut", "é"])
 def test_a_label_of_nothing_wrong_is_never_taken_for_a_defect(label: str) -> None:
     assert words.meaning(label) is not True

@@ -364,6 +364,7 @@ def test_what_counts_as_normal_is_calm_and_comes_back_exactly(kind: str, fitted:
         assert not calm.anomaly_map.max() >= calm.threshold
         assert still.score == pytest.approx(quiet.score, abs=0.02), "other pictures keep their score"
         assert detector.is_quietened(before.hottest, patches)
+        assert detector.is_quietened(calm.hottest, patches), "or nobody would find it when the rejection is taken back"
         assert not detector.is_quietened(before.hottest, patches[:0])
         assert not detector.is_quietened(before.hottest, np.flip(patches, axis=1).copy()), (
             "these look like nothing in it"

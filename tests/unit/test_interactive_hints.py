@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from anomaly_backend.interactive import Hint, answer, defect_at, hint
-from anomaly_workers.labelstudio import masks
+from anomaly_workers.labelstudio import config, decode, masks
 from anomaly_workers.pictures import PictureCache
 from anomaly_workers.store import ProjectStore, Store
 from anomaly_workers.types import Picture, Task
@@ -21,6 +22,8 @@ CONFIG = (
     '<View><Image name="image" value="$image"/><BrushLabels name="mask" toName="image"><Label value="Defect"/>'
     "</BrushLabels></View>"
 )
+CONTROLS = config.parse(CONFIG)
+TASK = Task(7, {"image": "/data/upload/1/a.png"})
 
 
 def bumps(*centres: tuple[int, int], width: float = 9.0) -> NDArray[np.float32]:
@@ -133,6 +136,12 @@ def test_a_stroke_belongs_to_the_defect_whole() -> None:
     assert defect_at(bumps((64, 80)), [found])[stroke].all()
 
 
+def test_a_stroke_of_a_far_larger_image_is_no_hint() -> None:
+    drawn = region("brushlabels", 0, 0) | {"value": {"rle": masks.to_rle(np.ones(SHAPE, np.bool_), SHAPE)}}
+    assert hint(drawn, SHAPE, size=SHAPE) is not None
+    assert hint(drawn, SHAPE, size=(SHAPE[0] // 4, SHAPE[1] // 2)) is None
+
+
 def test_a_polygon_encloses() -> None:
     drawn = region("polygonlabels", 0, 0) | {"value": {"points": [[10, 10], [60, 10], [60, 60], [10, 60]]}}
     found = hint(drawn, SHAPE)
@@ -164,14 +173,24 @@ def test_hints_at_and_beyond_the_border_are_inside(x: float, y: float) -> None:
         assert defect_at(bumps((64, 80)), [found]).any()
 
 
-def stored(folder: Path, *, picture: bool = False) -> ProjectStore:
+def test_a_turned_box_is_read_as_in_an_annotation() -> None:
+    drawn = region("rectanglelabels", 80, 20, width=40.0, height=10.0, rotation=45)
+    found = hint(drawn, SHAPE, size=SHAPE)
+    assert found is not None
+    assert found.encloses
+    assert (found.mask == decode.judgement([drawn | {"to_name": "image"}], CONTROLS, SHAPE).mask).all()
+    assert not found.mask[22, 130], "where it would be if it were not turned"
+
+
+def stored(folder: Path, *, picture: bool = False, **about: Any) -> ProjectStore:
     store = Store(folder).project(1)
     store.keep_label_config(CONFIG)
     with store.new_version() as scratch:
         (scratch / "detector.safetensors").write_bytes(b"weights")
         version = store.publish(scratch, {"detector": "patchcore", "image_size": 256})
     store.roll_out(version)
-    store.keep_record(version, 7, {"score": 0, "result": [], "model_version": version}, bumps((64, 80)))
+    record = {"score": 0, "result": [], "model_version": version, "anomaly": about}
+    store.keep_record(version, 7, record, bumps((64, 80)))
     if picture:
         pixels = np.full((*SHAPE, 3), 200, np.uint8)
         pixels[62:67, 78:83] = 10
@@ -196,6 +215,43 @@ def test_the_kept_picture_is_used_and_nothing_is_fetched(tmp_path: Path) -> None
         assert found is not None
         areas.append(int((masks.from_rle(found["result"][0]["value"]["rle"], SHAPE) > 127).sum()))
     assert areas[1] < areas[0]
+
+
+@pytest.mark.parametrize(
+    ("about", "claimed", "size"),
+    [
+        ({"size": [256, 320]}, (90_000, 90_000), (256, 320)),
+        ({}, (256, 320), (256, 320)),
+        ({}, (90_000, 90_000), SHAPE),
+        ({}, (1, 400_000_000), SHAPE),
+        ({}, ("abc", 3), SHAPE),
+        ({}, (math.inf, 3), SHAPE),
+        ({}, (None, None), SHAPE),
+        ({"size": "ab"}, (-1, -1), SHAPE),
+    ],
+)
+def test_an_answer_is_as_large_as_its_image(
+    tmp_path: Path, about: dict[str, Any], claimed: tuple[Any, Any], size: tuple[int, int]
+) -> None:
+    drawn = region("keypointlabels", 80, 64) | dict(zip(("original_height", "original_width"), claimed, strict=True))
+    found = answer(stored(tmp_path, **about), [TASK], {"result": [drawn]})
+    assert found is not None
+    (one,) = found["result"]
+    assert (one["original_height"], one["original_width"]) == size
+
+
+@pytest.mark.parametrize(
+    "context", [{}, {"result": None}, {"result": 3}, {"result": {"a": 1}}, {"result": [None, "x"]}]
+)
+def test_a_context_without_regions_is_not_answered(tmp_path: Path, context: dict[str, Any]) -> None:
+    assert answer(stored(tmp_path), [TASK], context) is None
+
+
+def test_what_is_drawn_on_the_heatmap_is_no_hint(tmp_path: Path) -> None:
+    drawn = region("keypointlabels", 80, 64)
+    store = stored(tmp_path)
+    assert answer(store, [TASK], {"result": [drawn | {"to_name": "anomaly_heatmap"}]}) is None
+    assert answer(store, [TASK], {"result": [drawn | {"to_name": "image"}]}) is not None
 
 
 def test_a_negative_click_alone_is_not_answered(tmp_path: Path) -> None:

@@ -313,14 +313,26 @@ def test_outlines_follow_and_maps_without_any_stay_as_they_are(runtime: Runtime)
             assert path.read_bytes() == images.heatmap(picture(), stored, 0.3)
 
 
-def test_drawing_steps_aside_for_urgent_work_and_goes_on_later(runtime: Runtime) -> None:
+def test_drawing_steps_aside_for_urgent_work_and_goes_on_later(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judging, "DRAWN_BETWEEN", 1)
     runtime.urgent = 1
-    assert move(runtime, 0.3)["drawn"] == 0  # task 1 has no outline, then somebody waits
+    assert move(runtime, 0.3)["drawn"] == 1  # not stopped by task 1, which has no outline
     assert runtime.asked_again == 1
 
     runtime.urgent = 0
-    assert move(runtime, 0.3) == {"drawn": 3}
+    assert move(runtime, 0.3) == {"drawn": 2}
     assert runtime.asked_again == 1
+
+
+def test_two_projects_that_wait_for_each_other_both_end(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "DRAWN_BETWEEN", 1)
+    runtime.urgent = 1
+    drawn = [move(runtime, 0.3)["drawn"] for _ in range(5)]
+
+    assert drawn == [1, 1, 1, 0, 0]
+    assert runtime.asked_again == 3
 
 
 def _killed(*_: Any, **__: Any) -> None:

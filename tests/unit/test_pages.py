@@ -6,8 +6,11 @@ import csv
 import io
 import json
 import math
+import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -36,6 +39,7 @@ class Unreachable:
 
     def __init__(self) -> None:
         self.moved: list[int] = []
+        self.connection = SimpleNamespace(hincrbyfloat=lambda *_: None)
 
     def depth(self) -> dict[str, int]:
         raise RedisDown("away")
@@ -190,6 +194,17 @@ def test_a_day_stands_out_from_the_days_before_it(project: ProjectStore, setting
     assert [day.unusual for day in drawn.days] == [False, False, False, True]
 
 
+def test_few_normals_are_expected_above_the_threshold_of_the_fit(project: ProjectStore, settings: Settings) -> None:
+    version = deployed(project, normals=[0.2, 0.3], threshold=0.8, target_fpr=0.01)
+    for task, score in enumerate((0.4, 0.6, 0.9)):
+        keep(project, version, task, score)
+
+    drift = figures.drift(seen(project, settings))
+
+    assert (drift.limit, drift.expected) == (0.5, 0.01), "the rate belongs to one half, wherever the threshold is now"
+    assert [day.high for day in drift.days] == [2]
+
+
 def test_what_a_version_was_fitted_on_is_not_new_to_it(project: ProjectStore, settings: Settings) -> None:
     version = deployed(project, tasks=[1, 2], held_out={"2": 0.9})
     for task in (1, 2, 3):
@@ -235,6 +250,100 @@ def test_a_moved_threshold_keeps_the_scores_of_reviewed_tasks(project: ProjectSt
     assert [(one.task, one.is_anomaly) for one in snapshot.scored] == [(1, True), (2, True)]
     assert [one.task for one in snapshot.open] == [2]
     assert figures.evidence(snapshot).defects == (0.9,)
+
+
+def test_scores_of_other_weights_are_left_out_after_a_rollback(project: ProjectStore, settings: Settings) -> None:
+    first = deployed(project)
+    keep(project, first, 2, 0.3)
+    newer = deployed(project, weights="others")
+    review(project, {1: True, 2: False}, version=newer, score=0.95)
+    project.deploy(first, reason="rollback")
+
+    given = figures.evidence(seen(project, settings))
+
+    assert (given.defects, given.good, given.unknown) == ((), (0.3,), 1)
+
+
+def test_images_count_on_the_day_they_were_first_scored(project: ProjectStore, settings: Settings) -> None:
+    version = deployed(project)
+    keep(project, version, 1, 0.3, first_at="1970-01-03T00:00:00+00:00")
+    keep(project, version, 2, 0.3)
+    (one, other) = seen(project, settings).scored
+    assert one.first_at == one.scored_at == 2 * figures.DAY
+    assert other.first_at == pytest.approx(time.time(), abs=60), "an older record has its file's time"
+
+
+def test_only_what_the_deployed_version_lacks_is_read_of_its_family(
+    project: ProjectStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = deployed(project)
+    for task in (1, 2):
+        keep(project, first, task, 0.4)
+    second = deployed(project, threshold=0.4, weights_of=first)
+    keep(project, second, 1, 0.9)
+    read: list[str] = []
+    opened = os.open
+    monkeypatch.setattr(os, "open", lambda path, *more: read.append(str(path)) or opened(path, *more))
+    collector = Collector(Store(settings.data_dir), settings)
+
+    snapshot = collector.snapshot(3)
+
+    assert snapshot is not None
+    assert [one.score for one in snapshot.scored] == [0.9, 0.4]
+    records = [Path(path).relative_to(project.folder / "records").as_posix() for path in read if "records" in path]
+    assert sorted(records) == sorted([f"{second}/0/1.json", f"{first}/0/2.json"])
+
+    (project.folder / "records" / second / "0" / "1.json").unlink()
+    again = collector.snapshot(3)
+    assert again is not None
+    assert [one.score for one in again.scored] == [0.4, 0.4]
+
+
+def test_deleted_tasks_are_not_open(client: FlaskClient, project: ProjectStore, settings: Settings) -> None:
+    version = deployed(project)
+    for task in (1, 2, 3):
+        keep(project, version, task, 0.4)
+    body = {"action": "TASKS_DELETED", "project": {"id": 3}, "tasks": [{"id": 1}, {"id": 3}]}
+    assert client.post("/webhook", json=body, auth=AUTH).status_code == 201
+    assert [one.task for one in seen(project, settings).open] == [2]
+    (line,) = Collector(Store(settings.data_dir), settings).summaries()
+    assert line.scored == 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"anomaly": {',
+        '{"anomaly": 3}',
+        '{"anomaly": []}',
+        '["anomaly_score"]',
+        '{"anomaly": {"anomaly_score": "high"}}',
+        '{"anomaly": {"anomaly_score": NaN}}',
+        '{"anomaly": {"anomaly_score": 0.5, "parts": 7}}',
+        '{"anomaly": {"anomaly_score": 0.5, "first_at": "soon"}}',
+        "",
+    ],
+)
+def test_a_damaged_record_is_passed_over(project: ProjectStore, settings: Settings, content: str) -> None:
+    version = deployed(project)
+    keep(project, version, 1, 0.3)
+    (project.folder / "records" / version / "0" / "2.json").write_text(content)
+    assert [one.task for one in seen(project, settings).scored] == [1]
+
+
+@pytest.mark.parametrize("line", ["{", '{"at": 3}', None])
+def test_a_damaged_log_spoils_its_own_line_alone(client: FlaskClient, settings: Settings, line: str | None) -> None:
+    for number in (3, 4):
+        store = Store(settings.data_dir).project(number)
+        store.connect(Connection(url="http://ls:8080", project=number, token="secret"))
+        store.keep_title(f"Bolts {number}")
+    review(store, {1: True}, created_at="soon")
+    if line is not None:
+        (store.folder / "feedback" / "log.jsonl").write_text(line + "\n")
+    page = client.get("/", auth=AUTH)
+    assert page.status_code == 200
+    assert "Bolts 3" in page.text
+    assert "log.jsonl" in page.text
 
 
 def test_changed_records_are_read_again_and_damaged_ones_passed_over(project: ProjectStore, settings: Settings) -> None:
@@ -300,6 +409,24 @@ def test_a_page_of_one_task_shows_it(client: FlaskClient, project: ProjectStore)
     assert "http://ls:8080/projects/3/data?task=1" in page
     assert "0.750" in page
     assert "<b>1</b>" in page, "one open task"
+
+
+@pytest.mark.parametrize(("rate", "shown"), [(0.0125, "1.25"), (0.0005, "0.05"), (0.01, "1.0")])
+def test_no_rate_in_force_blocks_the_form(client: FlaskClient, project: ProjectStore, rate: float, shown: str) -> None:
+    keep(project, deployed(project), 1, 0.75)
+    project.keep_document("policy", {"rule": "fpr", "value": rate})
+    page = client.get("/projects/3", auth=AUTH).text
+    assert f'min="0.001" max="49.99" step="any" value="{shown}"' in page
+    for other in ("number", "f1"):
+        assert f'value="{other}" formnovalidate' in page
+
+
+def test_an_open_page_can_tell_that_another_version_is_deployed(client: FlaskClient, project: ProjectStore) -> None:
+    version = deployed(project)
+    page = client.get("/projects/3", auth=AUTH).text
+    assert f'"version": "{version}"' in page
+    assert '<a href="3">reload</a>' in page
+    assert client.get("/projects/3/status.json", auth=AUTH).get_json()["version"] == version
 
 
 def test_the_index_lists_projects(client: FlaskClient, project: ProjectStore) -> None:

@@ -66,15 +66,15 @@ def session_of(store: ProjectStore, xml: str) -> Session:
 def test_predictions_of_a_changed_config_are_found_once(store: ProjectStore) -> None:
     listing = OpenTasks()
     client = cast("Client", listing)
-    assert sweep.misnamed(client, store, config.parse(BEFORE)) == []
-    assert sweep.misnamed(client, store, config.parse(BEFORE)) == []
+    assert sweep.misnamed(client, store, store.target, config.parse(BEFORE)) == []
+    assert sweep.misnamed(client, store, store.target, config.parse(BEFORE)) == []
     assert listing.asked == 1
-    assert sweep.misnamed(client, store, config.parse(AFTER)) == TASKS
+    assert sweep.misnamed(client, store, store.target, config.parse(AFTER)) == TASKS
     for task in TASKS:
         record = scoring.re_encoded(session_of(store, AFTER), store.current, task)
         assert record is not None
         store.derive_record(store.current, task.id, record)
-    assert sweep.misnamed(client, store, config.parse(AFTER)) == []
+    assert sweep.misnamed(client, store, store.target, config.parse(AFTER)) == []
 
 
 def test_the_stored_map_is_put_into_the_new_names(store: ProjectStore) -> None:
@@ -95,9 +95,9 @@ def test_another_image_is_not_taken_for_the_same(store: ProjectStore) -> None:
 def test_scoring_replaces_them_without_the_network(store: ProjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[JSON] = []
 
-    def taken(_redis: object, _client: object, _store: object, _version: str, items: Sequence[JSON]) -> int:
+    def taken(_redis: object, _client: object, _store: object, _version: str, items: Sequence[JSON]) -> list[int]:
         sent.extend(items)
-        return len(items)
+        return [int(item["task"]) for item in items]
 
     def refused(*_: object, **__: object) -> Any:
         raise AssertionError("the network is asked")

@@ -32,6 +32,23 @@ def test_a_connection_is_readable_by_its_owner_alone(project: ProjectStore) -> N
     assert "secret" not in repr(project.connection())
 
 
+def test_a_heatmap_belongs_to_whoever_has_its_token(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.owns_heatmap(1, store.heatmap_token(1))
+    for other in (store.heatmap_token(2), "", "é", "\ud800"):
+        assert not store.owns_heatmap(1, other)
+
+
+def test_deleted_tasks_are_remembered(project: ProjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert project.deleted == frozenset()
+    project.keep_deleted([3, 1])
+    project.keep_deleted([2, 3])
+    assert project.deleted == {1, 2, 3}
+    monkeypatch.setattr("anomaly_workers.store.MOST_DELETED", 2)
+    project.keep_deleted([4])
+    assert project.deleted == {3, 4}, "the newest"
+
+
 def test_an_unconnected_project_says_how_to_connect(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="ls-anomaly connect --project 9"):
         Store(tmp_path).project(9).connection()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from anomaly_workers.types import Progress, no_progress
 
 logger = logging.getLogger(__name__)
 
+UNFINISHED = "calming"
+"""The document that names the tasks a rejected alarm has still to be scored again for."""
+
 MOST_ALIKE = 256
 """Look-alikes scored again at once; the next version scores all."""
 
@@ -29,7 +32,8 @@ def feedback(runtime: Runtime, progress: Progress, *, project: int) -> dict[str,
     news = log.reconcile(session.client, session.controls)
     count(runtime.redis, "verdicts", len(news))
     calmed = calm(runtime, session, log, progress) if session.store.current else 0
-    if sweep.may_learn(session.store, log, runtime.settings) and not runtime.queues.fitting(project):
+    gave_up = runtime.queues.gave_up_fitting(project, within=sweep.FIT_AGAIN_SECONDS)
+    if sweep.may_learn(session.store, log, runtime.settings) and not (gave_up or runtime.queues.fitting(project)):
         runtime.queues.enqueue_fit(project, "feedback")
     return {"new": len(news), "calmed": calmed}
 
@@ -38,24 +42,32 @@ def calm(runtime: Runtime, session: Session, log: FeedbackLog, progress: Progres
     """Make the deployed version take rejected places as normal; return how many predictions changed for it.
 
     The image itself and those with a hot patch like the rejected ones are scored again, and their predictions replaced
-    under the same version. A rejection that was taken back, or overruled, is forgotten.
+    under the same version. A rejection that was taken back, or overruled, is forgotten. What is to be scored again is
+    noted first, so that a job that is repeated knows it.
     """
     store, version = session.store, session.store.current
     wanted = rejections(log, store.family(version))
-    known = set(store.calmed(version))
-    if wanted.keys() == known:
+    known, unfinished = set(store.calmed(version)), _unfinished(session, version)
+    if wanted.keys() == known and not unfinished:
         return 0
     progress(0.2, "calming down")
-    before = store.calmed_patches(version, sorted(known))
-    for entry in known - wanted.keys():
-        store.forget_calmed(version, entry)
     detector = runtime.detector(session.store.id, version)
-    for entry in sorted(wanted.keys() - known):
-        _keep(runtime, session, detector, version, entry, wanted[entry])
-    after = store.calmed_patches(version, store.calmed(version))
-    own = {wanted[entry].task for entry in wanted.keys() - known}
-    changed = _difference(before, after)
-    return _score_again(runtime, session, version, own | alike(session, detector, version, changed), progress)
+    gone, new = sorted(known - wanted.keys()), sorted(wanted.keys() - known)
+    patches = {
+        entry: rows for entry in new if (rows := _patches(runtime, session, detector, wanted[entry])) is not None
+    }
+    changed = [rows for rows in (store.calmed_patches(version, gone), *patches.values()) if len(rows)]
+    tasks = {wanted[entry].task for entry in new} | unfinished
+    if changed:
+        tasks |= alike(session, detector, version, np.concatenate(changed))
+    store.keep_document(UNFINISHED, {"version": version, "tasks": sorted(tasks)})
+    for entry in gone:
+        store.forget_calmed(version, entry)
+    for entry, rows in patches.items():
+        store.keep_calmed(version, entry, rows)
+    done = _score_again(runtime, session, version, tasks, progress)
+    store.keep_document(UNFINISHED, {})
+    return done
 
 
 def rejections(log: FeedbackLog, family: Collection[str]) -> dict[int, Example]:
@@ -90,13 +102,19 @@ def alike(session: Session, detector: Detector, version: str, patches: NDArray[n
     return {task for _, task in sorted(found, reverse=True)[:MOST_ALIKE]}
 
 
-def _keep(runtime: Runtime, session: Session, detector: Detector, version: str, entry: int, example: Example) -> None:
+def _unfinished(session: Session, version: str) -> set[int]:
+    """Return the tasks that an interrupted job was to score again."""
+    noted = session.store.document(UNFINISHED)
+    return set(noted["tasks"]) if noted.get("version") == version else set()
+
+
+def _patches(runtime: Runtime, session: Session, detector: Detector, example: Example) -> NDArray[np.float16] | None:
+    """Return what a rejection makes normal; None, and a noted failure, where the image cannot be read."""
     tasks = session.client.tasks(session.store.id, [example.task])
     for picture in scoring.gather(runtime, session, tasks, side=detector.side, progress=no_progress):
-        if picture is None:
-            continue  # the reason is noted with the task's failure
-        where = None if example.anomaly is False else example.rejected
-        session.store.keep_calmed(version, entry, detector.quietening(picture, where))
+        if picture is not None:
+            return detector.quietening(picture, None if example.anomaly is False else example.rejected)
+    return None
 
 
 def _score_again(runtime: Runtime, session: Session, version: str, tasks: Iterable[int], progress: Progress) -> int:
@@ -104,13 +122,4 @@ def _score_again(runtime: Runtime, session: Session, version: str, tasks: Iterab
     scored = scoring.detect(runtime, session, version, wanted, scoring.part(progress, 0.3, 0.8))
     predictions = [scoring.keep(session, version, item) for item in scored]
     progress(0.9, "replacing predictions")
-    return push.replacements(runtime.redis, session.client, session.store, version, predictions)
-
-
-def _difference(before: NDArray[np.float16], after: NDArray[np.float16]) -> NDArray[np.float16]:
-    """Return the rows that are in one of the two alone."""
-    rows: Sequence[NDArray[np.float16]] = [part for part in (before, after) if len(part)]
-    if not rows:
-        return after
-    unique, counts = np.unique(np.concatenate(rows), axis=0, return_counts=True)
-    return np.asarray(unique[counts == 1])
+    return len(push.replacements(runtime.redis, session.client, session.store, version, predictions))

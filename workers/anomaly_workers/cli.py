@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -55,7 +56,7 @@ def main() -> None:
     try:
         app()
     except AnomalyError as error:
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
 
 
@@ -146,9 +147,10 @@ def connect(
         settings, url, token, project=project, create=create, heatmap=heatmap, annotators=annotators, add=wanted
     )
     for change in report.changes or ("nothing to change",):
-        console.print(f"  {change}", highlight=False)
+        console.print(f"  {change}", markup=False, highlight=False)
     console.print(
-        f"[bold green]connected[/] project {report.project} '{report.title}': {report.address}", soft_wrap=True
+        f"[bold green]connected[/] project {report.project} '{escape(report.title)}': {escape(report.address)}",
+        soft_wrap=True,
     )
     console.print(enrol.page_hint(settings, report.project), soft_wrap=True, highlight=False)
 
@@ -172,9 +174,9 @@ def queue(
         for change in tabs.ensure(
             client, store, config.parse(store.label_config), annotators=policy.read(store).annotators
         ):
-            console.print(f"  {change}", highlight=False)
+            console.print(f"  {change}", markup=False, highlight=False)
     for title, address in tabs.links(store, store.connection().url).items():
-        console.print(f"[bold]{title}[/]: {address}", soft_wrap=True)
+        console.print(f"[bold]{escape(title)}[/]: {escape(address)}", soft_wrap=True)
     first = store.document(sweep.QUEUE).get("front", [])
     shown = ", ".join(map(str, first[:10])) or "not ordered yet"
     console.print(f"order: {policy.read(store).strategy}   first: {shown}")
@@ -201,9 +203,9 @@ def doctor(project: MaybeProject = None) -> None:
     table = Table(box=None, show_header=False, padding=(0, 1))
     marks = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[yellow]–[/]"}
     for check in found:
-        table.add_row(marks[check.ok], check.name, check.detail)
+        table.add_row(marks[check.ok], check.name, escape(check.detail))
         if check.ok is False:
-            table.add_row("", "", f"[bold]fix:[/] {check.fix}")
+            table.add_row("", "", f"[bold]fix:[/] {escape(check.fix)}")
     console.print(table)
     for one in known:
         console.print(enrol.page_hint(settings, one.id), soft_wrap=True, highlight=False)
@@ -363,7 +365,7 @@ def versions(project: ProjectOption, as_json: JsonFlag = False) -> None:
         table.add_row(
             mark,
             *(str(card.get(key, "")) for key in ("version", "created", "images", "defects", "kind")),
-            str(card.get("decision", {}).get("reason", "")),
+            escape(str(card.get("decision", {}).get("reason", ""))),
             str(card.get("fit_seconds", "")),
         )
     console.print(table if cards else "no version yet: the first is made when the project has images")
@@ -444,7 +446,7 @@ def _print_plan(plan: Plan, *, everything: bool) -> None:
     for line in plan.diff if everything or plan.replaces_config else ():
         console.print(line, style=colours.get(line[0]), markup=False, highlight=False, soft_wrap=True)
     for change in plan.changes if everything else ():
-        console.print(f"  would {change}", highlight=False)
+        console.print(f"  would {change}", markup=False, highlight=False)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -538,7 +540,7 @@ def _print_jobs(queue: Queues, project: int | None) -> None:
     colours = {"failed": "red", "running": "cyan", "retrying": "yellow", "cancelled": "dim"}
     for job in listed:
         colour = colours.get(job.state, "default")
-        table.add_row(job.id, f"[{colour}]{job.state}[/]", str(job.percent), job.message, job.worker)
+        table.add_row(job.id, f"[{colour}]{job.state}[/]", str(job.percent), escape(job.message), escape(job.worker))
     console.print(table)
 
 
@@ -546,7 +548,7 @@ def _print_failures(stores: list[ProjectStore]) -> None:
     table = Table("project", "task", "image", "why it has no prediction")
     for store in stores:
         for failure in store.failures():
-            table.add_row(str(store.id), str(failure.task), failure.image, failure.reason)
+            table.add_row(str(store.id), str(failure.task), escape(failure.image), escape(failure.reason))
     if table.row_count:
         console.print(table)
 

@@ -30,6 +30,10 @@ PUSHED_AT_ONCE = 500
 JUDGES = 4
 """Threads: reading, decoding and writing leave the interpreter to others."""
 
+DRAWN_BETWEEN = 20
+"""Heatmaps drawn between two looks at what is urgent: each move draws that many at least, so that two cannot take turns
+for ever."""
+
 _OWN = ("version", "number", "sha256", "created", "fit_seconds")
 _NO_MAP = np.zeros((0, 0), np.float32)
 
@@ -53,6 +57,8 @@ def threshold(runtime: Runtime, progress: Progress, *, project: int) -> dict[str
     store.derive_calmed(old, version)
     store.derive_heatmaps(old, version)
     found = _judged(session, old, version, tasks, limit, progress)
+    if store.current != old or store.rollout not in ("", version):
+        return {"skipped": f"{store.target} is wanted by now"}  # the sweep moves the threshold of that one
     store.roll_out(version)
     pushed = 0
     for start in range(0, len(found), PUSHED_AT_ONCE):
@@ -194,8 +200,9 @@ def _heatmaps(
     due = [task for task in tasks if store.shares_heatmap(str(card["parent"]), version, _image(session, task))]
     for done, task in enumerate(due):
         progress(0.7 + 0.3 * done / len(due), "drawing heatmaps")
-        drawn += _drawn(session, version, task, card, lowest=lowest)
-        if runtime.queues.depth()["interactive"]:
+        new = _drawn(session, version, task, card, lowest=lowest)
+        drawn += new
+        if new and drawn % DRAWN_BETWEEN == 0 and runtime.queues.depth()["interactive"]:
             runtime.queues.enqueue_threshold(store.id)
             break
     return {"drawn": drawn}

@@ -64,7 +64,8 @@ def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict
     polite(0.0, "reading annotations")
     log = FeedbackLog(session.store)
     _settle(session, log, polite)
-    examples, seen = log.examples(), max((entry.seq for entry in log.entries()), default=0)
+    seen = max((entry.seq for entry in log.entries()), default=0)  # before the examples: what comes meanwhile is new
+    examples = log.examples()
     chosen = sweep.training_tasks(session.client, session.store, examples, limit=runtime.settings.max_fit_images)
     if not session.store.current and not sweep.may_fit(len(chosen.tasks), project, runtime.redis, runtime.settings):
         return {"waiting": f"{len(chosen.tasks)} images are few: waiting whether more come"}
@@ -95,6 +96,7 @@ def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict
     card = _card(runtime, chosen, tasks, flags, confirmed, winner, run) | {
         "fit_seconds": round(time.monotonic() - began, 2),
         "parent": session.store.current or None,
+        "project_tasks": session.client.project(project).tasks,
         "feedback": seen,
         "decision": decision.card() if decision else {"promote": True, "reason": _ungated(session, run)},
     }

@@ -8,8 +8,7 @@ from contextlib import contextmanager
 
 from redis import Redis
 
-from anomaly_workers.client import Client
-from anomaly_workers.errors import LabelStudioError
+from anomaly_workers.client import Client, Rejected
 from anomaly_workers.store import ProjectStore
 from anomaly_workers.types import JSON
 
@@ -30,35 +29,34 @@ def predictions(connection: Redis, client: Client, store: ProjectStore, version:
     with writing(connection, store.id):
         present = client.prediction_counts(store.id, version, tasks=[item["task"] for item in items])
         fresh = [item for item in items if item["task"] not in present]
-        rejected = {one.task_id: one.reason for one in client.import_predictions(store.id, fresh)}
-        for task, reason in rejected.items():
-            store.keep_failure(task, f"Label Studio refused the prediction: {reason}", "", permanent=False)
+        rejected = _note(store, client.import_predictions(store.id, fresh))
         taken = [item["task"] for item in items if item["task"] not in rejected]
         store.mark_pushed(version, dict.fromkeys(taken, True))
         announce(client, store, version)
     return len(fresh) - len(rejected)
 
 
-def replacements(connection: Redis, client: Client, store: ProjectStore, version: str, items: Sequence[JSON]) -> int:
-    """Import new predictions of tasks that have one of the same version, then delete the old; return how many.
+def replacements(
+    connection: Redis, client: Client, store: ProjectStore, version: str, items: Sequence[JSON]
+) -> list[int]:
+    """Import new predictions of tasks that have one of the same version, then delete the old; return the tasks.
 
-    For a moment a task has two, and never none; a crash in between leaves two, which the sweep mends.
+    For a moment a task has two, and never none; a crash in between leaves two, which the sweep mends. A prediction that
+    Label Studio refuses is noted as its task's failure, and the old one stays.
     """
     if not items:
-        return 0
+        return []
     with writing(connection, store.id):
         tasks = [int(item["task"]) for item in items]
         before = client.prediction_ids(store.id, version, tasks=tasks)
-        client.import_predictions(store.id, items)
+        _note(store, client.import_predictions(store.id, items))
         after = client.prediction_ids(store.id, version, tasks=tasks)
         done = [task for task in tasks if set(after.get(task, ())) - set(before.get(task, ()))]
         for task in done:
             for prediction in before.get(task, ()):
                 client.delete_prediction(prediction)
         store.mark_pushed(version, dict.fromkeys(done, True))
-    if len(done) < len(items):
-        raise LabelStudioError(f"Label Studio took {len(done)} of {len(items)} new predictions. They are sent again.")
-    return len(done)
+    return done
 
 
 def announce(client: Client, store: ProjectStore, version: str) -> None:
@@ -66,6 +64,13 @@ def announce(client: Client, store: ProjectStore, version: str) -> None:
     if version == store.current and store.announced != version:
         client.set_model_version(store.id, version)
         store.keep_announced(version)
+
+
+def _note(store: ProjectStore, rejected: Sequence[Rejected]) -> set[int]:
+    """Keep why Label Studio refused predictions; return their tasks."""
+    for one in rejected:
+        store.keep_failure(one.task_id, f"Label Studio refused the prediction: {one.reason}", "", permanent=False)
+    return {one.task_id for one in rejected}
 
 
 @contextmanager

@@ -177,6 +177,10 @@ class Queues:
         """Tell whether a move of the project's threshold failed for good, or was cancelled, in the last seconds."""
         return self._gave_up(ThresholdKey, "interactive", project, within=within)
 
+    def gave_up_ranking(self, project: int, *, within: float) -> bool:
+        """Tell whether an ordering of the project's queue failed for good, or was cancelled, in the last seconds."""
+        return self._gave_up(RankKey, LEARN, project, within=within)
+
     def jobs(self, project: int | None = None) -> list[JobInfo]:
         """Return all jobs that are kept, of one project or of all: what runs first, what has ended last."""
         ids = [*self._under_way(QUEUES), *self._ended("failed", QUEUES), *self._ended("finished", QUEUES)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -73,7 +74,6 @@ def rank(runtime: Runtime, progress: Progress, *, project: int) -> dict[str, int
         _write(session, version, part, wanted, known, _stop(runtime, session, version, polite=polite), progress)
         for part, polite in ((front, False), (rest, True))
     )
-    tabs.list_disagreements(session.client, store, disagreements(log))
     store.keep_document(
         sweep.QUEUE,
         {
@@ -81,11 +81,13 @@ def rank(runtime: Runtime, progress: Progress, *, project: int) -> dict[str, int
             "strategy": chosen.strategy,
             "pushed": pushed,
             "seen": seen,
+            "at": time.time(),
             "complete": complete,
             "front": front,
             "places": {str(task): [place.prediction, place.score, place.cluster] for task, place in known.items()},
         },
     )
+    tabs.list_disagreements(session.client, store, disagreements(log))
     return {"ranked": len(wanted), "front": len(front)}
 
 

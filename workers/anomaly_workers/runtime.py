@@ -96,10 +96,13 @@ class Runtime:
             logger.info("project %d: %s loaded on %s", project, version, self.device)
         self._detectors.move_to_end(key)
         self._take_calmed(key)
+        self._let_go()
+        return self._detectors[key]
+
+    def _let_go(self) -> None:
         while len(self._detectors) > WARM_DETECTORS:
             dropped, _ = self._detectors.popitem(last=False)
             self._calmed.pop(dropped, None)
-        return self._detectors[key]
 
     def published(self, project: int, version: str) -> Detector:
         """Load a version as it was published, without what annotators rejected since."""
@@ -118,6 +121,7 @@ class Runtime:
     def keep_warm(self, project: int, version: str, detector: Detector) -> None:
         """Use a detector that was fitted in this process without loading it again."""
         self._detectors[(project, version)] = detector
+        self._let_go()
 
 
 def choose_device(wanted: str) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from anomaly_workers import images, push
 from anomaly_workers.counters import count
@@ -53,12 +54,13 @@ def score(
     progress(0.8, "pushing")
     fresh, others = [item for item in predictions if item["task"] not in before], _bare(renamed.values())
     others += [item for item in predictions if item["task"] in before]
+    session.store.forget_failures([item.task.id for item in scored])  # before Label Studio may refuse some
     pushed = push.predictions(runtime.redis, session.client, session.store, version, fresh)
-    pushed += push.replacements(runtime.redis, session.client, session.store, version, others)
-    for task, record in renamed.items():  # last: whoever is killed before does it again
-        session.store.derive_record(version, task, record)
+    replaced = push.replacements(runtime.redis, session.client, session.store, version, others)
+    for task in renamed.keys() & set(replaced):  # last: whoever is killed before does it again
+        session.store.derive_record(version, task, renamed[task])
     predictions += renamed.values()
-    session.store.forget_failures([item.task.id for item in scored])
+    pushed += len(replaced)
     count(runtime.redis, "images_scored", len(scored))
     count(runtime.redis, "predictions_pushed", pushed)
     count(runtime.redis, "scoring_seconds", time.monotonic() - started)
@@ -110,10 +112,18 @@ def keep(session: Session, version: str, item: Scored) -> JSON:
         "controls": repr(session.controls),
         "calmed": len(session.store.calmed(version)),
         "parts": [round(part, 6) for part in detection.parts],
+        "first_at": _first_at(session, version, item.task),
     }
     record = prediction | {"anomaly": extra}
     session.store.keep_record(version, item.task.id, record, detection.anomaly_map, hottest=detection.hottest)
     return prediction
+
+
+def _first_at(session: Session, version: str, task: Task) -> str:
+    """When a version first scored a task: records are written again for other reasons than a new image."""
+    before = session.store.record(version, task.id) or {}
+    known = before.get("anomaly", {}).get("first_at")
+    return str(known) if known else datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def re_encoded(session: Session, version: str, task: Task) -> JSON | None:

@@ -13,6 +13,7 @@
                                /queue.json        the review queue as Label Studio knows it
                                /names.json        for which controls all predictions were looked at last
                                /tabs.json         ids of our Data Manager tabs
+                               /deleted.json      tasks that are gone from Label Studio
                                /versions/<version>/card.json, detector.json, detector.safetensors
                                /records/<version>/<task // 1000>/<task>.json, <task>.png (16-bit anomaly map),
                                                                 <task>.npy (its hottest patches)
@@ -37,7 +38,7 @@ import secrets
 import shutil
 import time
 from base64 import urlsafe_b64decode
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hmac import compare_digest
@@ -53,6 +54,9 @@ from anomaly_workers.errors import StoreError
 from anomaly_workers.types import JSON, Connection
 
 PERMANENT = -1
+
+MOST_DELETED = 100_000
+"""Deleted tasks that are remembered for a project."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ class Failure:
 
     def is_due(self, image: str, now: float) -> bool:
         """Whether the task deserves another try: its image changed, or a passing fault had time to pass."""
-        if image != self.image:
+        if self.image and image != self.image:
             return True
         return self.attempts != PERMANENT and now - self.at > min(3600.0, 20.0 * 2.0**self.attempts)
 
@@ -112,7 +116,7 @@ class Store:
 
     def owns_heatmap(self, project: int, token: str) -> bool:
         """Check a heatmap address in constant time."""
-        return compare_digest(self.heatmap_token(project), token)
+        return compare_digest(self.heatmap_token(project).encode(), token.encode(errors="replace"))
 
 
 class ProjectStore:
@@ -188,6 +192,16 @@ class ProjectStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         _write(self.folder / f"{_safe(name)}.json", json.dumps(content, indent=1).encode())
 
+    @property
+    def deleted(self) -> frozenset[int]:
+        """The tasks that are gone from Label Studio."""
+        return frozenset(self.document("deleted").get("tasks", ()))
+
+    def keep_deleted(self, tasks: Iterable[int]) -> None:
+        """Remember that tasks are gone from Label Studio; the newest ids, if they are too many."""
+        gone = sorted(self.deleted.union(tasks))
+        self.keep_document("deleted", {"tasks": gone[-MOST_DELETED:]})
+
     # -- versions
 
     @property
@@ -216,7 +230,7 @@ class ProjectStore:
 
     def versions(self) -> list[JSON]:
         """Return the cards of all versions, oldest first."""
-        cards = [_read_json(path) for path in (self.folder / "versions").glob("*/card.json")]
+        cards = [_read_json(path) for path in (self.folder / "versions").glob("[!.]*/card.json")]
         return sorted(cards, key=lambda card: int(card["number"]))
 
     def card(self, version: str) -> JSON:

@@ -41,7 +41,10 @@ NAMES = "names"
 """The document that says for which version and controls all predictions were looked at last."""
 
 REORDER_AFTER = 5
-"""New feedback entries after which the review queue is ordered again."""
+"""New feedback entries, or new predictions, after which the review queue is ordered again."""
+
+REORDER_SECONDS = 300
+"""Time after which it is ordered again for fewer new predictions."""
 
 GROWTH = 2.0
 """A version fitted on few images is replaced once the project has this many times as many."""
@@ -96,20 +99,23 @@ def sweep_project(
         if info.tasks and _may_queue_fit(store, queue, again=again):
             queue.enqueue_fit(store.id, "first")
         return info.tasks
-    missing = client.open_tasks(store.id, without_version=store.target)
+    rollout, target = store.rollout, store.target  # others may change them while Label Studio is asked
+    if rollout and queue.under_way(store.id, "threshold"):
+        return 0  # a move is pushing what it has judged
+    missing = client.open_tasks(store.id, without_version=target)
     due = [task for task in missing if again or _is_due(store, task, controls.value)]
-    busy = queue.busy(store.id, store.target)
-    if not again:
-        busy |= queue.given_up(store.id, store.target)
+    busy = queue.busy(store.id, target)
+    if not again and due:
+        gone = queue.given_up(store.id, target)
+        due = [task for task in due if task.id not in gone]
     if not due and not busy:  # what is under way gets the names of the config as it is now
-        due = [task for task in misnamed(client, store, controls) if again or _is_due(store, task, controls.value)]
-    queue.enqueue_score(store.id, store.target, _by_priority(store, [task for task in due if task.id not in busy]))
+        due = misnamed(client, store, target, controls, again=again)
+    queue.enqueue_score(store.id, target, _by_priority(store, [task for task in due if task.id not in busy]))
     if not due:
-        if store.rollout:
-            finish_rollout(client, store, queue.connection)
+        if rollout:
+            finish_rollout(client, store, queue.connection, rollout)
         tidy(client, store, info, queue.connection)
-        if is_out_of_order(store) and not queue.under_way(store.id, "rank"):
-            queue.enqueue_rank(store.id)
+        _queue_ranking(store, queue)
     _queue_upkeep(store, queue, settings)
     if may_learn(store, FeedbackLog(store), settings) and _may_queue_fit(store, queue, again=again):
         queue.enqueue_fit(store.id, "feedback")
@@ -118,12 +124,14 @@ def sweep_project(
     return len(due)
 
 
-def misnamed(client: Client, store: ProjectStore, controls: Controls) -> list[Task]:
+def misnamed(
+    client: Client, store: ProjectStore, version: str, controls: Controls, *, again: bool = False
+) -> list[Task]:
     """Return the open tasks whose prediction fills controls that the label config no longer has, or has changed.
 
-    Everything is read once after each change of the config and of the version, then no more.
+    Everything is read once after each change of the config and of the version, then no more; what could not be read
+    lately is left out.
     """
-    version = store.target
     checked = {"version": version, "controls": repr(controls)}
     if store.document(NAMES) == checked:
         return []
@@ -132,19 +140,20 @@ def misnamed(client: Client, store: ProjectStore, controls: Controls) -> list[Ta
         record = store.record(version, task.id)
         if record is not None and record.get("anomaly", {}).get("controls") != checked["controls"]:
             found.append(task)
+    found = [task for task in found if again or _is_due(store, task, controls.value)]
     if not found:
         store.keep_document(NAMES, checked)
     return found
 
 
-def finish_rollout(client: Client, store: ProjectStore, connection: Redis) -> None:
+def finish_rollout(client: Client, store: ProjectStore, connection: Redis, version: str) -> None:
     """Deploy a version that every open task has a prediction of; at no moment does the label stream show none."""
-    version = store.rollout
     with push.writing(connection, store.id):
         if store.rollout != version:
-            return  # somebody else was first
+            return  # somebody else was first, or wants another one
         store.deploy(version, reason="every open task is scored")
-        push.announce(client, store, version)
+        if version in client.versions(store.id):  # not where every task is labelled
+            push.announce(client, store, version)
     logger.info("project %d: %s deployed", store.id, version)
 
 
@@ -153,7 +162,8 @@ def tidy(client: Client, store: ProjectStore, info: Project, connection: Redis) 
     stored = client.versions(store.id)
     ours = {str(card["version"]) for card in store.versions()} - {store.current, store.rollout}
     old = sorted(ours & set(stored))
-    if not old and info.model_version == store.current and not _may_have_doubles(store, stored, connection):
+    settled = info.model_version == store.current or store.current not in stored
+    if not old and settled and not _may_have_doubles(store, stored, connection):
         return
     with push.writing(connection, store.id):
         if info.model_version != store.current and store.current in stored:
@@ -170,13 +180,16 @@ def tidy(client: Client, store: ProjectStore, info: Project, connection: Redis) 
                     client.delete_prediction(prediction)
 
 
-def is_out_of_order(store: ProjectStore) -> bool:
-    """Whether the review queue was ordered for another version or strategy, or much came since."""
+def is_out_of_order(store: ProjectStore, *, now: float) -> bool:
+    """Whether the review queue was ordered for another version or strategy, or much came since, or long ago little."""
     if not store.current or store.rollout:
         return False
     last = store.document(QUEUE)
-    ordered = (last.get("version"), last.get("strategy"), last.get("pushed"), last.get("complete"))
-    if ordered != (store.current, policy.read(store).strategy, store.pushed(store.current), True):
+    ordered = (last.get("version"), last.get("strategy"), last.get("complete"))
+    if ordered != (store.current, policy.read(store).strategy, True):
+        return True
+    pushed = abs(store.pushed(store.current) - int(last["pushed"]))
+    if pushed and (pushed >= max(REORDER_AFTER, 0.01 * int(last["pushed"])) or now - last["at"] > REORDER_SECONDS):
         return True
     seen = max((entry.seq for entry in FeedbackLog(store).entries()), default=0)
     return seen - int(last["seen"]) >= REORDER_AFTER
@@ -278,8 +291,15 @@ def _sweep_all(store: Store, queue: Queues, settings: Settings) -> None:
                 project.disconnect()
             else:
                 logger.warning("project %d: %s", project.id, error)
-        except (AnomalyError, LockError) as error:
-            logger.warning("project %d: %s", project.id, error)
+        except (AnomalyError, LockError, OSError, KeyError, ValueError) as error:  # a damaged file stops one project
+            logger.warning("project %d: %r", project.id, error)
+
+
+def _queue_ranking(store: ProjectStore, queue: Queues) -> None:
+    if not is_out_of_order(store, now=time.time()) or queue.under_way(store.id, "rank"):
+        return
+    if not queue.gave_up_ranking(store.id, within=FIT_AGAIN_SECONDS):
+        queue.enqueue_rank(store.id)
 
 
 def _queue_upkeep(store: ProjectStore, queue: Queues, settings: Settings) -> None:
@@ -309,8 +329,8 @@ def _has_grown(store: ProjectStore, info: Project, settings: Settings) -> bool:
         return False
     card = store.card(store.current)
     small = card["mode"] == "cold start" and int(card["images"]) < settings.max_fit_images
-    seen = max(int(known["project_images"]) for known in store.versions())  # by versions that were kept back, too
-    return small and info.tasks >= GROWTH * seen
+    seen = [int(known.get("project_tasks") or known["project_images"]) for known in store.versions()]  # kept back, too
+    return small and info.tasks >= GROWTH * max(seen)
 
 
 def _may_have_doubles(store: ProjectStore, stored: Mapping[str, int], connection: Redis) -> bool:

@@ -198,8 +198,10 @@ class PatchwiseDetector(Detector):
         """Do what `predict` does with the grids (n, h, w, d) of n equally shaped pictures, computed before."""
         with torch.inference_mode():
             own = [self._unconfirmed.get(fingerprint(picture), ()) for picture in pictures]
-            distances, parts = self._seen(grids, own)  # (n, h, w), (n, 2)
+            distances, fitted, parts = self._seen(grids, own)  # (n, h, w) twice, (n, 2)
             rows = _hottest(grids, distances)
+            if fitted is not distances:  # what is calm now is hot again when its rejection is taken back
+                rows = [np.concatenate(pair) for pair in zip(rows, _hottest(grids, fitted), strict=True)]
             found = _detections(pictures, rows, distances, self.calibration, threshold=self.threshold)
         return [replace(one, parts=tuple(row)) for one, row in zip(found, parts, strict=True)]
 
@@ -207,20 +209,26 @@ class PatchwiseDetector(Detector):
         """Return how abnormal each patch of (n, h, w, d) is, in distances; a head may make it negative."""
         return self._seen(grids)[0]
 
-    def _seen(self, grids: Tensor, without: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, list[list[float]]]:
-        """Return how abnormal each patch of (n, h, w, d) is, and the raw scores of bank and head for each of the n."""
+    def _seen(self, grids: Tensor, without: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, Tensor, list[list[float]]]:
+        """Return how abnormal each patch of (n, h, w, d) is, the same as fitted, and the parts of the n raw scores.
+
+        The first two are one where nothing was taken as normal since the fit.
+        """
         fitted, memory, head = self.memory, self._memory or self.memory, self._head
         if head is None:
-            return memory.distances(grids, without=without), [[] for _ in grids]
+            plain = fitted.distances(grids, without=without)
+            calm = plain if memory is fitted else memory.distances(grids, without=without)
+            return calm, plain, [[] for _ in grids]
         distances, residuals = fitted.looked_up(grids, without=without)
         deviations = head.maps(views(residuals)) - head.zero  # (n, h, w)
         parts = torch.stack([raw_scores(distances), raw_scores(deviations)], dim=1).tolist()  # (n, 2)
         more = head.weight * deviations
+        plain = distances + more
         if memory is fitted:
-            return distances + more, parts
+            return plain, plain, parts
         calm = memory.distances(grids, without=without)  # what was taken as normal is no defect to the head either
         shrunk = more * (calm / distances.clamp_min(1e-6)).clamp_max(1)
-        return calm + torch.where(more > 0, shrunk, more), parts
+        return calm + torch.where(more > 0, shrunk, more), plain, parts
 
     def quietening(self, picture: Picture, where: NDArray[np.bool_] | None = None) -> NDArray[np.float16]:
         """See `Detector.quietening`: the patches farther away than a typical normal image's score, or the threshold."""

@@ -142,15 +142,21 @@ def _polygon(value: Any, _original: tuple[int, int], size: tuple[int, int]) -> N
 
 
 def _rectangle(value: Any, original: tuple[int, int], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Label Studio turns a rectangle clockwise around its top left corner, in pixels of the original."""
+    return masks.filled(corners(value, original), size)
+
+
+def corners(value: Mapping[str, Any], original: tuple[int, int]) -> list[tuple[float, float]]:
+    """Return a rectangle's corners as (x, y) in [0, 1] of an image of `original` (height, width).
+
+    Label Studio turns a rectangle clockwise around its top left corner, in pixels of the original.
+    """
     high, wide = original
     left, top = value["x"] / 100 * wide, value["y"] / 100 * high
     width, height = value["width"] / 100 * wide, value["height"] / 100 * high
     turn = math.radians(value.get("rotation") or 0)
     cos, sin = math.cos(turn), math.sin(turn)
-    corners = ((0.0, 0.0), (width, 0.0), (width, height), (0.0, height))
-    points = [((left + x * cos - y * sin) / wide, (top + x * sin + y * cos) / high) for x, y in corners]
-    return masks.filled(points, size)
+    places = ((0.0, 0.0), (width, 0.0), (width, height), (0.0, height))
+    return [((left + x * cos - y * sin) / wide, (top + x * sin + y * cos) / high) for x, y in places]
 
 
 _READERS = {"brushlabels": _brush, "bitmasklabels": _bitmask, "polygonlabels": _polygon, "rectanglelabels": _rectangle}

@@ -10,8 +10,8 @@ from xml.sax.saxutils import quoteattr
 from anomaly_workers.errors import ConfigError
 from anomaly_workers.labelstudio.config import HEATMAP_NAME, images_of, names_of, parse
 
-_PANEL = re.compile(r"<Image\b[^>]*?\bname\s*=\s*(['\"])" + HEATMAP_NAME + r"\1[^>]*>")
-_VALUE = re.compile(r"\bvalue\s*=\s*(\"[^\"]*\"|'[^']*')")
+_ATTRIBUTE = re.compile(r"\s+([^\s=]+)\s*=\s*(\"[^\"]*\"|'[^']*')")
+"""The next attribute of a start tag; what looks like one inside another's value is not one."""
 
 _CONTROLS: Mapping[str, tuple[str, str]] = {
     "verdict": (
@@ -81,10 +81,9 @@ def with_heatmap(xml: str, url: str) -> str:
     """
     value = parse(xml).value
     source = value if "$" in value else f"${value}"
-    own = _PANEL.search(xml)
-    if own:
-        address = "value=" + quoteattr(_address(url, source))
-        return xml[: own.start()] + _VALUE.sub(lambda _match: address, own.group(), count=1) + xml[own.end() :]
+    own = _panel_value(xml)
+    if own is not None:
+        return xml[: own.start] + quoteattr(_address(url, source)) + xml[own.stop :]
     return _inserted(xml, "Anomaly heatmap", _panel(url, source))
 
 
@@ -125,6 +124,25 @@ def _end(xml: str) -> int:
     if not content.startswith(b"</", closing[-1]):
         raise ConfigError("The label config has no closing tag. Correct it in the project's settings.")
     return len(content[: closing[-1]].decode())
+
+
+def _panel_value(xml: str) -> slice | None:
+    """Return where the heatmap panel's quoted address stands, None without one; a comment may look like a panel."""
+    found: list[int] = []
+    content, parser = xml.encode(), expat.ParserCreate("utf-8")
+
+    def start(tag: str, attributes: Mapping[str, str]) -> None:
+        if tag == "Image" and attributes.get("name") == HEATMAP_NAME and "value" in attributes:
+            found.append(parser.CurrentByteIndex)
+
+    parser.StartElementHandler = start
+    parser.Parse(content, True)
+    at = len(content[: found[0]].decode()) + len("<Image") if found else len(xml)
+    while attribute := _ATTRIBUTE.match(xml, at):
+        if attribute[1] == "value":
+            return slice(*attribute.span(2))
+        at = attribute.end()
+    return None
 
 
 def _free(name: str, taken: frozenset[str]) -> str:

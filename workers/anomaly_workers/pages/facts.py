@@ -168,12 +168,14 @@ class Summary:
         reviewed: how many tasks have a verdict or were skipped.
         defects: how many of them show a defect.
         failures: how many could not be scored.
+        damaged: why its files cannot be read, "" if they can; the numbers say nothing then.
     """
 
     project: int
     title: str
-    current: str
-    scored: int
-    reviewed: int
-    defects: int
-    failures: int
+    current: str = ""
+    scored: int = 0
+    reviewed: int = 0
+    defects: int = 0
+    failures: int = 0
+    damaged: str = ""

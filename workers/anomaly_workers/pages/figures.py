@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
+from anomaly_workers.calibration import THRESHOLD
 from anomaly_workers.pages.facts import Review, Scored, Snapshot
 from anomaly_workers.types import JSON
 
@@ -17,7 +18,7 @@ BINS = 50
 """Bars of the histogram over [0, 1]: the usual threshold of one half lies between two of them."""
 
 ENOUGH_NORMALS = 100
-"""Normals from which their 99 % score is counted; from fewer it is the threshold that the fit extrapolated."""
+"""Normals from which their 99 % score is counted; from fewer it is the one that the fit extrapolated."""
 
 CHANCE = 0.01
 """A day stands out whose share of high scores is less likely than this, going by the days before it."""
@@ -250,7 +251,7 @@ def drift(snapshot: Snapshot) -> Drift:
     card = snapshot.card
     normals = sorted(_numbers(card.get("normals")))
     counted = len(normals) >= ENOUGH_NORMALS
-    limit = float(np.quantile(normals, 0.99)) if counted else float(card.get("threshold", 0.5))
+    limit = float(np.quantile(normals, 0.99)) if counted else THRESHOLD  # where the rate below belongs to
     expected = 0.01 if counted else float(card.get("target_fpr", snapshot.target_fpr))
     by_day: dict[int, list[float]] = {}
     for when, score in _arrivals(snapshot):
@@ -312,7 +313,7 @@ def _unbiased(snapshot: Snapshot) -> dict[int, float | None]:
         if review.score is not None and review.version in snapshot.family:
             return review.score
         record = snapshot.record(review.task)
-        return record.score if record else review.score
+        return record.score if record else None  # another version's score would be on another scale
 
     return {review.task: score(review) for review in snapshot.reviews}
 

@@ -295,6 +295,7 @@ def _payload(
     return {
         "project": snapshot.project,
         "report": report,
+        "version": snapshot.current,
         "threshold": now.threshold,
         "scores": {name: _floored(getattr(given, name)) for name in ("normals", "defects", "negatives", "open")},
         "histogram": {name: getattr(bins, name) for name in ("normals", "defects", "open")},

@@ -290,6 +290,9 @@
   // -- the server
 
   const told = byId("told");
+  const SAME = 1e-6;  // thresholds that are no farther apart are the same, to the server as well
+  const WORD = `told-${data.project}`;
+  let asking = false;
   const say = (text, kind) => { told.textContent = text; told.className = kind || ""; };
   const pause = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
 
@@ -301,15 +304,15 @@
     return said;
   }
 
-  /** Wait until the threshold is moved, or its job is over. */
-  async function watch(job, before) {
+  /** Wait until the threshold is moved, or its job is over; the version was read before the job. */
+  async function watch(job, inForce) {
     for (let round = 0; round < 600; round += 1) {
       await pause(round < 10 ? 0.4 : 2);
       const status = await ask("status.json");
       show(status);
-      if (status.version !== before) return status;
+      if (inForce(status)) return status;
       const state = status.work && status.work.jobs.find((one) => one.id === job);
-      if (!state || state.state === "finished") return status;
+      if (!state || state.state === "finished") return ask("status.json");
       if (state.state === "failed" || state.state === "cancelled") throw new Error(state.message || `The job ${state.state}.`);
       say(state.state === "running"
         ? `Judging the stored maps again: ${state.percent} %`
@@ -318,31 +321,52 @@
     throw new Error("Still not done; see ls-anomaly jobs.");
   }
 
+  /** The rate in the field as a share; null, and a word about it, where it makes no sense. */
+  function rateGiven() {
+    const field = byId("fpr"), given = field.value.trim() === "" ? NaN : Number(field.value);
+    if (given > 0 && given < 50) return given / 100;
+    say("Give a rate above 0 % and below 50 %.", "bad");
+    field.focus();
+    return null;
+  }
+
   async function use(rule) {
+    const value = rule === "number" ? threshold : rule === "fpr" ? rateGiven() : 0;
+    if (value === null || asking) return;
     const buttons = [...document.querySelectorAll("#set-threshold button")], off = buttons.filter((one) => one.disabled);
-    const value = rule === "number" ? threshold : rule === "fpr" ? Number(byId("fpr").value) / 100 : 0;
     for (const one of buttons) one.disabled = true;
+    asking = true;
     try {
       say("Asking");
       const { version } = await ask("status.json");
       const { job } = await ask("threshold", { rule, value });
-      const status = await watch(job, version);
-      if (status.rollout && status.version === version) {
+      const isWanted = (status) => Math.abs(status.threshold - value) < SAME;
+      const inForce = rule === "number" ? isWanted : (status) => status.version !== version;
+      const status = await watch(job, inForce);
+      if (!inForce(status) && status.rollout) {
         say(`Noted. It takes effect when ${status.rollout} is deployed.`);
-        return;
+      } else if (rule === "number" && !isWanted(status)) {
+        say(`Noted, but ${score(status.threshold)} is still in force; see ls-anomaly jobs.`, "bad");
+      } else {
+        reload(`Done: ${score(status.threshold)} is in force, and Label Studio has the new verdicts.`);
       }
-      data.threshold = status.threshold;
-      byId("reset").textContent = `Back to ${score(status.threshold)}`;
-      if (rule !== "number") move(status.threshold);
-      say(`Done: ${score(status.threshold)} is in force, and Label Studio has the new verdicts.`, "good");
     } catch (error) {
       say(error.message, "bad");
     } finally {
       for (const one of buttons) one.disabled = off.includes(one);
+      asking = false;
     }
   }
 
+  /** Show the page of the version in force, with a word that outlives the old page. */
+  function reload(word) {
+    sessionStorage.setItem(WORD, word);
+    location.reload();
+  }
+
   function show(status) {
+    const newer = byId("newer");
+    if (newer) newer.hidden = asking || status.version === data.version;
     const shown = { open: status.open };
     if (status.work) {
       shown.waiting = status.work.waiting;
@@ -379,11 +403,22 @@
 
   const form = byId("set-threshold");
   if (form) {
+    const byRate = form.querySelector("[value=fpr]");
     form.addEventListener("submit", (event) => {
       event.preventDefault();
       use(event.submitter ? event.submitter.value : "number");
     });
+    byId("fpr").addEventListener("keydown", (event) => {
+      if (event.key !== "Enter") return;
+      event.preventDefault();  // it would press the form's first button, which takes the line's number
+      if (!byRate.disabled) form.requestSubmit(byRate);
+    });
     byId("reset").addEventListener("click", () => move(data.threshold));
   }
   if (!data.report) follow();
+  if (form) {
+    const word = sessionStorage.getItem(WORD);
+    sessionStorage.removeItem(WORD);
+    if (word) say(word, "good");
+  }
 })();
