@@ -103,7 +103,10 @@ def run(
             )
         with place:
             started.result()
-            return _show(place, settings, pictures, watch, check=check, stop=stop, console=console)
+            try:
+                return _show(place, settings, pictures, watch, check=check, stop=stop, console=console)
+            finally:
+                running.stop()  # before Label Studio, which they would miss
     finally:
         with console.status("stopping everything"):
             running.stop()
