@@ -96,3 +96,23 @@ def test_the_gate_compares_at_the_deployed_versions_threshold_and_the_new_ones(
     assert decision is not None
     assert decision.promote, "0.55 is an alarm at one half alone"
     assert "50% -> 0%" in decision.reason
+
+
+def test_a_fit_does_not_undo_what_somebody_deployed_meanwhile(store: ProjectStore) -> None:
+    def publish(**card: Any) -> str:
+        with store.new_version() as scratch:
+            (scratch / "detector.safetensors").write_text(str(card))
+            return store.publish(scratch, {"detector": "patchcore", **card})
+
+    first, other = publish(images=1), publish(images=2)
+    moved = publish(images=1, weights_of=first)
+    assert not learning.overtaken(store, "")
+    store.deploy(first, reason="first version")
+    assert not learning.overtaken(store, first)
+    store.deploy(moved, reason="its threshold was moved")
+    assert not learning.overtaken(store, first)
+
+    store.roll_out(other)
+    assert learning.overtaken(store, first)
+    store.deploy(other, reason="by hand")
+    assert learning.overtaken(store, first)

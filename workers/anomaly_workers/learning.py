@@ -21,6 +21,7 @@ from anomaly_workers.refine import gate
 from anomaly_workers.refine.gate import Thresholds
 from anomaly_workers.refine.study import Lesson, inside_cells, study
 from anomaly_workers.runtime import Runtime, Session
+from anomaly_workers.store import ProjectStore
 from anomaly_workers.sweep import TrainingTasks
 from anomaly_workers.types import JSON, Picture, Progress, no_progress
 
@@ -60,6 +61,7 @@ def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict
     session = runtime.session(project)
     if session.store.current and run == "first":
         return {"skipped": "there is a version already"}
+    before = session.store.current
     polite = _courteous(runtime, progress)
     polite(0.0, "reading annotations")
     log = FeedbackLog(session.store)
@@ -108,11 +110,19 @@ def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict
     if not promote:
         _go_on(runtime, session, log)
         return {"version": version, "kept back": card["decision"]["reason"]}
+    if overtaken(session.store, before):
+        return {"version": version, "kept back": f"{session.store.target} was chosen while this one was fitted"}
     runtime.keep_warm(project, version, winner.detector)
     session.store.roll_out(version)
     polite(0.98, "queueing open tasks")
     sweep.sweep_project(session.client, session.store, runtime.queues, runtime.settings)
     return {"version": version, "images": len(usable)}
+
+
+def overtaken(store: ProjectStore, before: str) -> bool:
+    """Tell whether somebody deployed, or rolls out, other weights since `before` was deployed; thresholds may move."""
+    same = store.family(before)
+    return bool(before) and not {store.current, store.target} <= same
 
 
 def _settle(session: Session, log: FeedbackLog, progress: Progress) -> None:
