@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -17,7 +20,7 @@ from anomaly_workers.client import Client
 from anomaly_workers.enrol import enrol
 from anomaly_workers.labelstudio import config
 from anomaly_workers.queues import Queues
-from anomaly_workers.settings import Settings
+from anomaly_workers.settings import Settings, to_environ
 from anomaly_workers.store import ProjectStore, Store
 
 PATIENCE = 240.0
@@ -109,6 +112,15 @@ def encoded(picture: Image.Image, kind: str) -> bytes:
 def crowding() -> float:
     """How many processes wait for each core, at least 1: bounds in seconds are for a machine of one's own."""
     return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def command(product: Product, *arguments: str) -> str:
+    """Run `ls-anomaly` as a user does."""
+    program = Path(sys.executable).with_name("ls-anomaly")
+    environment = os.environ | to_environ(product.settings)
+    done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def wait_for(condition: Callable[[], object], what: str, *, seconds: float = PATIENCE) -> None:

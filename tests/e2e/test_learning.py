@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Page
-from product import Product, crowding, open_task, wait_for
+from product import Product, command, crowding, open_task, wait_for
 
 from anomaly_workers import metrics
 from anomaly_workers.feedback import FeedbackLog
@@ -79,6 +79,24 @@ def test_ten_defects_and_twenty_normals_make_a_gated_version(
     assert store.current in {one["version"] for one in store.versions() if one["decision"]["promote"]}
     assert after >= before - 0.01
     assert seconds < SECONDS * crowding()
+
+    learnt_one = card["version"]
+    if store.current != learnt_one:  # the gate kept it back: somebody deploys it all the same
+        command(product, "promote", "-p", str(store.id), learnt_one)
+        wait_for(lambda: store.current == learnt_one and not store.rollout, "the promoted version")
+    kept = {task_of[path]: store.record(first, task_of[path]) for path in untouched}
+    command(product, "rollback", "-p", str(store.id))
+    wait_for(lambda: store.current == first and not store.rollout, "the first version again")
+    product.scored(store)
+    assert product.client.project(store.id).model_version == first
+    assert {task: store.record(first, task) for task in kept} == kept
+    assert _results(product, store, first, list(kept)) == {task: [one["result"]] for task, one in kept.items() if one}
+
+
+def _results(product: Product, store: ProjectStore, version: str, tasks: list[int]) -> dict[int, list[Any]]:
+    """Return the regions of a version's predictions in Label Studio, by task."""
+    found = product.client.predictions(store.id, tasks=tasks)
+    return {task: [one["result"] for one in found[task] if one["model_version"] == version] for task in tasks}
 
 
 def _score(store: ProjectStore, version: str, task: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from product import Product, crowding, wait_for, washers
+from product import Product, command, crowding, wait_for, washers
 
 from anomaly_workers import counters, instance, policy
 from anomaly_workers.client import Client
@@ -60,15 +60,6 @@ def verdicts(predictions: dict[int, list[dict[str, Any]]], version: str) -> dict
 def scores(store: ProjectStore, tasks: list[int]) -> dict[int, float]:
     records = {task: store.record(store.current, task) for task in tasks}
     return {task: record["anomaly"]["anomaly_score"] for task, record in records.items() if record}
-
-
-def command(product: Product, *arguments: str) -> str:
-    """Run `ls-anomaly` as a user does."""
-    program = Path(sys.executable).with_name("ls-anomaly")
-    environment = os.environ | to_environ(product.settings)
-    done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.timeout(1200)

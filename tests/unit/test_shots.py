@@ -68,6 +68,16 @@ def test_a_draw_repeats_and_an_unseen_type_is_never_drawn(washers: Path) -> None
     assert {path.parent.name for path in shots._draw(one, 4, 0, "stain")} == {"chip"}
 
 
+def test_an_unseen_type_is_measured_alone(washers: Path) -> None:
+    one = read_class(washers)
+    left = shots._only(one, "stain")
+    assert {path.parent.name for path in left.test} == {"good", "stain"}
+    assert [path for path, bad in zip(left.test, left.labels, strict=True) if not bad] == [
+        path for path, bad in zip(one.test, one.labels, strict=True) if not bad
+    ]
+    assert len(left.test) == len(left.labels) == len(left.masks) < len(one.test)
+
+
 @pytest.mark.parametrize(
     ("drawn", "reason"),
     [

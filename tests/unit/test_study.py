@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from anomaly_workers import detectors
+from anomaly_workers import detectors, metrics
 from anomaly_workers.detectors.base import Options
 from anomaly_workers.detectors.patchwise import PatchwiseDetector
 from anomaly_workers.errors import Cancelled, ConfigError
+from anomaly_workers.refine import gate
 from anomaly_workers.refine.study import Lesson, Study, inside_cells, study
+from anomaly_workers.shots import trials
 from anomaly_workers.types import Picture
 
 SIDE = 96
@@ -139,3 +141,30 @@ def test_padim_says_that_it_cannot_learn_defects() -> None:
     assert not made.learns_defects
     with pytest.raises(ConfigError, match="patchcore-padim"):
         made.memory.looked_up(made.grids(pictures[:1])[0][None])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_three_of_ten_verdicts_flipped_no_worse_head_passes_the_gate(seed: int) -> None:
+    """Three defects are taken for normal and three normal surfaces for defects; new surfaces tell who is better."""
+    start = 1000 * (seed + 1)
+    taken = [surface(start + i)[0] for i in range(17)] + [surface(start + 50 + i, defect=True)[0] for i in range(3)]
+    made = cast("PatchwiseDetector", detectors.create(Options("patchcore", image_size=SIDE)))
+    grids = made.grids(taken)
+    made.fit_grids(grids, taken, [True] * len(taken))
+    wrong = [Lesson(grid) for grid in made.grids([surface(start + 100 + i)[0] for i in range(3)])]
+    right = [Lesson(grid) for grid in made.grids([surface(start + 150 + i, defect=True)[0] for i in range(7)])]
+
+    taught = study(made.memory, grids, [*wrong, *right], seed=seed)
+    joined = made.joined(taught.head, taught.normals.tolist())
+    decision = gate.decide(trials(made, joined, taught), seed=seed)
+
+    new = [surface(start + 200 + i)[0] for i in range(20)] + [
+        surface(start + 250 + i, defect=True)[0] for i in range(20)
+    ]
+    truth = np.array([False] * 20 + [True] * 20)
+    champion, challenger = (
+        metrics.auroc(truth, np.array([found.score for found in one.predict(new)])) for one in (made, joined)
+    )
+    assert champion is not None
+    assert challenger is not None
+    assert not decision.promote or challenger >= champion - 0.01, decision.reason

@@ -294,7 +294,7 @@ def evaluate(
     shots: Annotated[str, typer.Option(help="Numbers of confirmed defects to learn from, e.g. 0,1,5,10.")] = "",
     seeds: Annotated[int, typer.Option(help="Draws for each number of shots.", min=1)] = 5,
     masks: Annotated[bool, typer.Option(help="Use the ground truth of the shots, or their verdicts alone.")] = True,
-    unseen: Annotated[str, typer.Option(help="Defect type that is never among the shots.")] = "",
+    unseen: Annotated[str, typer.Option(help="Defect type that is never among the shots, and alone in test.")] = "",
 ) -> None:
     """Fit on train/good, score test/, print and write the metrics of each class; with --shots also learn from pool/."""
     stack.require("torch", extra="workers")

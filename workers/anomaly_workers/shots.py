@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from anomaly_workers import detectors, evaluate
-from anomaly_workers.detectors.deviation import Head, views
+from anomaly_workers.detectors.deviation import Head, fused, views
 from anomaly_workers.detectors.patchwise import PatchwiseDetector, detections
 from anomaly_workers.errors import ConfigError
 from anomaly_workers.evaluate import ClassFolder, EvalOptions, Figures
@@ -36,7 +36,8 @@ class ShotOptions:
         shots: numbers of confirmed defects.
         seeds: draws for each number.
         masks: use the ground truth of the shots, or their verdicts alone.
-        unseen: a defect type, the name of a folder in pool/, that is never among the shots; "" for none.
+        unseen: a defect type, the name of a folder in pool/, that is never among the shots and alone, with the normal
+            images, in test/: the hard setting of DRA (arXiv 2203.14506, section 4.1); "" for none.
     """
 
     shots: tuple[int, ...] = (0, 1, 5, 10)
@@ -49,6 +50,7 @@ class ShotOptions:
 class _Looked:
     """A test image as every head sees it; features in half precision to keep a class in memory."""
 
+    grid: Tensor = field(repr=False)
     residuals: Tensor = field(repr=False)
     distances: Tensor = field(repr=False)
 
@@ -68,6 +70,8 @@ def evaluate_shots(
     console = console or Console(quiet=True)
     classes = [evaluate.read_class(folder) for folder in evaluate.class_folders(folders)]
     _check(classes, drawn)
+    if drawn.unseen:
+        classes = [_only(one, drawn.unseen) for one in classes]
     figures: JSON = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
@@ -103,7 +107,7 @@ def _class(one: ClassFolder, options: EvalOptions, drawn: ShotOptions, bars: Pro
                 joined = detector.joined(taught.head, taught.normals.tolist())
                 alone = detector.joined(taught.head, taught.normals_alone.tolist())
                 row["head"] = evaluate.measured(one, _detections(alone, test, looked, taught.head, alone=True))
-                if gate.decide(_trials(detector, joined, taught), seed=seed).promote:
+                if gate.decide(trials(detector, joined, taught), seed=seed).promote:
                     promoted += 1
                     row["fused"] = evaluate.measured(one, _detections(joined, test, looked, taught.head))
             for kind in KINDS:
@@ -111,6 +115,17 @@ def _class(one: ClassFolder, options: EvalOptions, drawn: ShotOptions, bars: Pro
             bars.advance(bar)
         found[str(count)] = {kind: _spread(rows[kind]) for kind in KINDS} | {"promoted": promoted / drawn.seeds}
     return found
+
+
+def _only(one: ClassFolder, kind: str) -> ClassFolder:
+    """Return a class whose test/ has the normal images and one type of defect."""
+    kept = [place for place, path in enumerate(one.test) if not one.labels[place] or path.parent.name == kind]
+    return replace(
+        one,
+        test=tuple(one.test[place] for place in kept),
+        labels=tuple(one.labels[place] for place in kept),
+        masks=tuple(one.masks[place] for place in kept),
+    )
 
 
 def _draw(one: ClassFolder, count: int, seed: int, unseen: str) -> list[Path]:
@@ -133,7 +148,8 @@ def _lessons(detector: PatchwiseDetector, one: ClassFolder, files: Sequence[Path
     return lessons
 
 
-def _trials(detector: PatchwiseDetector, joined: PatchwiseDetector, taught: Study) -> list[gate.Trial]:
+def trials(detector: PatchwiseDetector, joined: PatchwiseDetector, taught: Study) -> list[gate.Trial]:
+    """Return the gate's trials on what a head was trained on, each image by folds that did not see it."""
     pairs = [(False, taught.normals_before, taught.normals), (True, taught.lessons_before, taught.lessons)]
     return [
         gate.Trial(index, anomaly, detector.calibrated(float(before)), joined.calibrated(float(after)))
@@ -145,7 +161,7 @@ def _trials(detector: PatchwiseDetector, joined: PatchwiseDetector, taught: Stud
 def _look(detector: PatchwiseDetector, grid: Tensor) -> _Looked:
     with torch.inference_mode():
         distances, residuals = detector.memory.looked_up(grid[None])
-        return _Looked(residuals.half(), distances)
+        return _Looked(grid[None].half(), residuals.half(), distances)
 
 
 def _detections(
@@ -161,8 +177,8 @@ def _detections(
         for picture, one in zip(pictures, looked, strict=True):
             values = one.distances
             if head is not None:
-                deviation = head.maps(views(one.residuals.float()))
-                values = deviation if alone else values + head.weight * (deviation - head.zero)
+                deviation = head.maps(views(one.residuals.float(), one.grid.float()))
+                values = deviation if alone else fused(values, head.weight * (deviation - head.zero))
             found += detections(detector, [picture], values)
     return found
 
@@ -198,6 +214,8 @@ def _check(classes: Sequence[ClassFolder], drawn: ShotOptions) -> None:
         if drawn.unseen and len(pool) == len(one.pool):
             kinds = ", ".join(sorted({path.parent.name for path in one.pool}))
             raise ConfigError(f"{one.name} has no defect type {drawn.unseen!r} in pool/. There are: {kinds}.")
+        if drawn.unseen and all(path.parent.name != drawn.unseen for path in one.test):
+            raise ConfigError(f"{one.name} has no defect type {drawn.unseen!r} in test/ to measure on. Add some.")
 
 
 def _table(figures: Mapping[str, Any]) -> Table:

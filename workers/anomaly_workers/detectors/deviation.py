@@ -8,20 +8,41 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from anomaly_workers.detectors.maps import raw_scores
+
 _PREFIX = "head."
 
 
-def views(residuals: Tensor) -> Tensor:
-    """Return what the head sees of each patch: (n, h, w, d + 1), the residual and its length.
+def views(residuals: Tensor, grids: Tensor) -> Tensor:
+    """Return what the head sees of each patch: (n, h, w, 2 d + 1), the residual, its length and the features.
 
-    The features themselves are left out: they tell normal images apart, and a head learns which of them were there. On
-    training images held out in runs of neighbours, with ten defects, they undid the gain on magnetic_tile (-28 % errors
-    with residuals alone, +3 % with features) that a random split had promised.
+    With whole parts held out (no tile, no place of a spindle on both sides) ten defects with masks took 36 % off the
+    errors with the features and 31 % without, the mean of five classes.
 
     Args:
         residuals: (n, h, w, d), each patch less the nearest normal one.
+        grids: (n, h, w, d) patch features.
     """
-    return torch.cat([residuals, residuals.norm(dim=-1, keepdim=True)], dim=-1)
+    return torch.cat([residuals, residuals.norm(dim=-1, keepdim=True), grids], dim=-1)
+
+
+def fused(distances: Tensor, deviations: Tensor) -> Tensor:
+    """Return the sum of both maps (n, h, w), stretched so that an image's raw score is the sum of both raw scores.
+
+    Bank and head need not agree on the place to agree on the image: adding scores rather than maps took 7 points more
+    off the validated errors. The sum of two scores is never below the score of the sum, so that maps only grow, and
+    stretched they grow least where nothing is.
+
+    Args:
+        distances: (n, h, w) of the memory.
+        deviations: (n, h, w) of the head, in the same unit, 0 where a normal image's score is.
+    """
+    both = distances + deviations
+    reached = raw_scores(both)
+    missing = raw_scores(distances) + raw_scores(deviations) - reached  # (n,), 0 or more
+    factor = torch.where(reached > 0, 1 + missing / reached.clamp_min(1e-9), torch.ones_like(reached))
+    offset = torch.where(reached > 0, torch.zeros_like(missing), missing)
+    return both * factor[:, None, None] + offset[:, None, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +58,7 @@ class Head:
         directions: (k, D) of standardised views.
         centre: (k,) mean of the normal images' scores along each direction.
         spread: (k,) their standard deviation.
-        weight: the map's share of it in the joint one, in distances: added to them after multiplication with this.
+        weight: distances for each unit of the map.
         zero: mean of the normal images' scores, subtracted from the map.
     """
 
@@ -51,7 +72,8 @@ class Head:
 
     def maps(self, seen: Tensor) -> Tensor:
         """Return the deviation (n, h, w) of each patch of `views` (n, h, w, D): the highest of all directions."""
-        along = ((seen - self.mean) / self.scale) @ self.directions.T  # (n, h, w, k)
+        known = seen[..., : len(self.mean)]  # the first heads saw no features
+        along = ((known - self.mean) / self.scale) @ self.directions.T  # (n, h, w, k)
         return ((along - self.centre) / self.spread).amax(dim=-1)
 
     def state(self) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from anomaly_workers.calibration import THRESHOLD, Calibration, calibrate
 from anomaly_workers.detectors.base import Detector, Options
 from anomaly_workers.detectors.coldstart import trusted
 from anomaly_workers.detectors.crossfit import held_out_scores
-from anomaly_workers.detectors.deviation import Head, views
+from anomaly_workers.detectors.deviation import Head, fused, views
 from anomaly_workers.detectors.maps import raw_maps, raw_scores, smoothed
 from anomaly_workers.detectors.parallel import each
 from anomaly_workers.detectors.patches import grid_batch, patch_grids, same_shapes
@@ -220,15 +220,15 @@ class PatchwiseDetector(Detector):
             calm = plain if memory is fitted else memory.distances(grids, without=without)
             return calm, plain, [[] for _ in grids]
         distances, residuals = fitted.looked_up(grids, without=without)
-        deviations = head.maps(views(residuals)) - head.zero  # (n, h, w)
+        deviations = head.maps(views(residuals, grids)) - head.zero  # (n, h, w)
         parts = torch.stack([raw_scores(distances), raw_scores(deviations)], dim=1).tolist()  # (n, 2)
         more = head.weight * deviations
-        plain = distances + more
+        plain = fused(distances, more)
         if memory is fitted:
             return plain, plain, parts
         calm = memory.distances(grids, without=without)  # what was taken as normal is no defect to the head either
         shrunk = more * (calm / distances.clamp_min(1e-6)).clamp_max(1)
-        return calm + torch.where(more > 0, shrunk, more), plain, parts
+        return fused(calm, torch.where(more > 0, shrunk, more)), plain, parts
 
     def quietening(self, picture: Picture, where: NDArray[np.bool_] | None = None) -> NDArray[np.float16]:
         """See `Detector.quietening`: the patches farther away than a typical normal image's score, or the threshold."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from anomaly_workers.detectors.deviation import Head, views
+from anomaly_workers.detectors.deviation import Head, fused, views
 from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.parallel import each
 from anomaly_workers.detectors.patchwise import Memory
@@ -23,7 +23,7 @@ FOLDS = 10
 RUNS = 3
 """Runs of neighbouring normal images in each fold."""
 
-HARD = 0.2
+HARD = 0.5
 """Share of each normal image's patches, those farthest from normal, that the head is trained against."""
 
 RIDGE = 0.3
@@ -35,13 +35,13 @@ OWN = 0.8
 POSITIVE = 0.03
 """Share of an image's patches that a defect without a mask is taken to have, the best scoring ones."""
 
-MOST = 60
+MOST = 20
 """Patches that count of a defect with a mask, the best scoring ones inside."""
 
 ROUNDS = 3
 """How often the patches of each defect are chosen with the direction that the last choice gave."""
 
-WEIGHT, HALF = 0.7, 3
+WEIGHT, HALF = 1.0, 3
 """A standard deviation of the head's image score counts WEIGHT * n / (n + HALF) of one of the bank's for n defects."""
 
 
@@ -168,7 +168,7 @@ class _Seen:
         with torch.inference_mode():
             grid, own = self._normals[index][None], [(index,)]
             distances, residuals = self._memory.looked_up(grid, without=own)
-            seen = views(residuals)[0].flatten(0, 1)
+            seen = views(residuals, grid)[0].flatten(0, 1)
             hardest = residuals.norm(dim=-1).flatten().topk(max(1, int(HARD * len(seen)))).indices
             return residuals.half(), distances, seen[hardest]
 
@@ -200,7 +200,7 @@ class _Seen:
 
         def along(index: int) -> tuple[Tensor, Tensor]:
             with torch.inference_mode():
-                seen = views(self._residuals[index].float())[0]
+                seen = views(self._residuals[index].float(), self._normals[index][None])[0]
                 reached = (seen @ directions.T - offsets).permute(2, 0, 1)  # (K, h, w)
                 return reached, raw_scores(reached)
 
@@ -224,7 +224,7 @@ class _Seen:
         weight = trust * float(before[own].std()) / (float(alone[own].std()) + 1e-6)
         ready = replace(head, centre=centre, spread=spread, weight=weight, zero=float(alone[own].mean()))
         raw = [
-            float(raw_scores(distances + weight * (deviation - ready.zero))[0])
+            float(raw_scores(fused(distances, weight * (deviation - ready.zero)))[0])
             for distances, deviation in zip(self._distances, deviations, strict=True)
         ]
         return ready, np.array(raw), alone
@@ -237,7 +237,7 @@ class _Seen:
     def lesson_score(self, index: int, head: Head) -> tuple[float, float]:
         """Return a defect's raw score with a head, and without."""
         seen, distances = self._lessons[index]
-        joined = distances + head.weight * (head.maps(seen) - head.zero)
+        joined = fused(distances, head.weight * (head.maps(seen) - head.zero))
         return float(raw_scores(joined)[0]), float(raw_scores(distances)[0])
 
 
@@ -270,7 +270,7 @@ def _space(moments: Sequence[_Moments]) -> tuple[Tensor, Tensor, Tensor]:
 def _look(memory: Memory, grid: Tensor, places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return the views (1, h, w, D) and distances (1, h, w) of one grid, its own patches left out."""
     distances, residuals = memory.looked_up(grid[None], without=[places])
-    return views(residuals), distances
+    return views(residuals, grid[None]), distances
 
 
 def _positives(scores: Tensor, inside: Tensor | None) -> Tensor:

@@ -1,0 +1,210 @@
+"""The simulated inspector of `inspector.py` in a real Label Studio, with the whole product behind it.
+
+    .venv/bin/python tests/bench/live_inspector.py ../shared/data --seeds 1 --json live_inspector.json
+
+Each run is a project of its own: its images are uploaded, scored and put in order by the workers. With "mix" the
+inspector takes what the label stream of "Review next" serves; the other orders are fixed. Every verdict, with the mask
+where there is one, is an annotation of Label Studio; after `STEPS` labels the inspector waits until everything is
+learnt, rolled out and in order again. Images that are never uploaded tell the image AUROC of the deployed version.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from inspector import ORDERS, SHARES, STEPS, fresh, line, scene
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import Progress
+
+from anomaly_workers import detectors, evaluate, instance, metrics, queues, server, sweep, tabs
+from anomaly_workers.client import Client
+from anomaly_workers.enrol import enrol
+from anomaly_workers.evaluate import ClassFolder
+from anomaly_workers.feedback import FeedbackLog
+from anomaly_workers.labelstudio import config, masks
+from anomaly_workers.queues import Queues
+from anomaly_workers.settings import Settings, load_settings
+from anomaly_workers.stack import Stack
+from anomaly_workers.store import ProjectStore, Store
+from anomaly_workers.types import JSON, Connection, Controls
+
+PATIENCE = 900.0
+LABEL_STUDIO = Path(__file__).resolve().parents[2] / ".venv-label-studio/bin/label-studio"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running Label Studio and the product."""
+
+    label_studio: instance.Instance
+    settings: Settings
+    client: Client
+
+    def queues(self) -> Queues:
+        return Queues(queues.connect(server.ensure(self.settings)), self.settings)
+
+
+def review(site: Site, one: ClassFolder, order: str, *, seed: int, advance: Any) -> JSON:
+    """Make a project, review 40 % of it in one order; return what was found when, and the AUROC on the way."""
+    files, aside = scene(one, fresh(), seed=seed)
+    shown = [path for path, apart in zip(files, aside, strict=True) if not apart]
+    apart = [path for path, apart in zip(files, aside, strict=True) if apart]
+    report = enrol(site.settings, site.label_studio.url, site.label_studio.token, create=f"{one.name} {order} {seed}")
+    store = Store(site.settings.data_dir).project(report.project)
+    controls = config.parse(store.label_config)
+    named = [(f"{index:04d}{path.suffix}", path.read_bytes()) for index, path in enumerate(shown)]
+    addresses = site.client.upload(store.id, named)
+    tasks = site.client.import_tasks(store.id, [{"data": {controls.value: address}} for address in addresses])
+    path_of = dict(zip(tasks, shown, strict=True))
+    settle(site, store, 0)
+    auroc = {0: auroc_of(store, apart)}
+    fixed = fixed_order(store, tasks, order, seed=seed)
+    found: list[int] = []
+    while len(found) < round(max(SHARES) * len(tasks)):
+        task = fixed[len(found)] if fixed else next_of_stream(site, store)
+        anomalous = path_of[task].parent.name != "good"
+        site.client.annotate(task, verdict(controls, path_of[task], anomalous=anomalous))
+        found.append(anomalous + (found[-1] if found else 0))
+        advance(f"{one.name}, {order}: {len(found)} reviewed")
+        if len(found) in STEPS:
+            settle(site, store, len(found))
+            auroc[len(found)] = auroc_of(store, apart)
+    return {"found": found, "auroc": auroc, "tasks": len(tasks), "defects": sum(p.parent.name != "good" for p in shown)}
+
+
+def settle(site: Site, store: ProjectStore, labels: int) -> None:
+    """Wait until every label is learnt from, every open task has the deployed version's prediction, and a place."""
+    deadline = time.monotonic() + PATIENCE
+    while not is_settled(site, store, labels):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"project {store.id} did not settle after {labels} labels; see `ls-anomaly jobs`")
+        time.sleep(0.5)
+
+
+def is_settled(site: Site, store: ProjectStore, labels: int) -> bool:
+    log = FeedbackLog(store)
+    if not store.current or store.rollout or len(log.current()) < labels or site.queues().fitting(store.id):
+        return False
+    if sweep.may_learn(store, log, site.settings.model_copy(update={"learn_quiet_seconds": 0.0})):
+        return False
+    if sweep.is_out_of_order(store, now=time.time()):
+        return False
+    return next(site.client.open_tasks(store.id, without_version=store.current), None) is None
+
+
+def fixed_order(store: ProjectStore, tasks: Sequence[int], order: str, *, seed: int) -> list[int]:
+    """Return all tasks in an order that no verdict changes; nothing for the product's own."""
+    if order == "random":
+        return [tasks[index] for index in np.random.default_rng(1000 + seed).permutation(len(tasks))]
+    if order == "highest unsupervised":
+        records = {task: store.record(store.current, task) for task in tasks}
+        score = {task: one["anomaly"]["anomaly_score"] for task, one in records.items() if one}
+        return sorted(tasks, key=lambda task: -score[task])
+    return []
+
+
+def next_of_stream(site: Site, store: ProjectStore) -> int:
+    """Return the task that the label stream of "Review next" serves."""
+    [link] = [link for title, link in tabs.links(store, "").items() if title.startswith("Review next")]
+    tab = link.split("tab=")[1].split("&")[0]
+    path = f"/api/dm/actions?id=next_task&project={store.id}&tabID={tab}"
+    return int(site.client._send("POST", path, body={})["id"])
+
+
+def verdict(controls: Controls, path: Path, *, anomalous: bool) -> list[JSON]:
+    """Return what an inspector who knows the truth submits."""
+    assert controls.choices is not None
+    word = controls.anomaly if anomalous else controls.normal
+    where = {"from_name": controls.choices.name, "to_name": controls.image, "type": "choices"}
+    result: list[JSON] = [where | {"value": {"choices": [word]}}]
+    file = evaluate.mask_file(path.parents[2], path) if anomalous else None
+    if file is None or controls.mask is None:
+        return result
+    drawn = np.asarray(Image.open(file).convert("L")) > 127
+    height, width = drawn.shape
+    size = {"original_width": width, "original_height": height, "image_rotation": 0}
+    code = {"format": "rle", "rle": masks.to_rle(drawn, (height, width)), "brushlabels": [controls.mask_label]}
+    mask = {"from_name": controls.mask.name, "to_name": controls.image, "type": "brushlabels", "value": code}
+    return [*result, mask | size] if drawn.any() else result
+
+
+def auroc_of(store: ProjectStore, files: Sequence[Path]) -> float:
+    """Return the image AUROC of the deployed version on files that Label Studio has never seen."""
+    detector = detectors.load(store.version_folder(store.current))
+    pictures = [picture for batch in evaluate.decoded(files, detector.side) for picture in batch]
+    labels: NDArray[np.bool_] = np.array([path.parent.name != "good" for path in files])
+    return cast("float", metrics.auroc(labels, np.array([one.score for one in detector.predict(pictures)])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+", help="classes in MVTec layout, or a folder of them")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--orders", default=",".join(ORDERS))
+    parser.add_argument("--port", type=int, default=8097, help="of Label Studio; the front end takes the next one")
+    parser.add_argument("--label-studio", type=Path, default=LABEL_STUDIO)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    given = parser.parse_args()
+    classes = [evaluate.read_class(folder) for folder in evaluate.class_folders(given.folders)]
+    orders = given.orders.split(",")
+    figures: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        where, login = folder / "label-studio", ("inspector@example.com", "correct-horse-9")
+        running = instance.start(given.label_studio, folder=where, port=given.port, email=login[0], password=login[1])
+        stack.enter_context(running)
+        client = stack.enter_context(Client(Connection(running.url, 0, running.token)))
+        settings = load_settings(
+            {},
+            data_dir=folder / "anomaly",
+            port=given.port + 1,
+            sweep_seconds=1.0,
+            settle_seconds=1.0,
+            learn_quiet_seconds=3.0,
+            log_level="WARNING",
+        )
+        product = Stack(settings)
+        stack.callback(product.stop)
+        product.start()
+        bars = stack.enter_context(Progress(transient=True))
+        bar = bars.add_task("reviewing", total=len(classes) * given.seeds * len(orders))
+        for one in classes:
+            for order in orders:
+                rows = []
+                for seed in range(given.seeds):
+                    began = time.monotonic()
+                    advance = lambda text: bars.update(bar, description=text)  # noqa: E731
+                    rows.append(review(Site(running, settings, client), one, order, seed=seed, advance=advance))
+                    bars.advance(bar)
+                    figures.setdefault(one.name, {})[order] = summary(rows)
+                    print(f"{one.name} {order} seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
+                    if given.json:
+                        given.json.write_text(json.dumps(figures, indent=1) + "\n")
+                print(f"{one.name:14s} {order:22s} {line(figures[one.name][order])}", flush=True)
+
+
+def summary(runs: Sequence[JSON]) -> JSON:
+    """Return means over the seeds."""
+    total, defects = runs[0]["tasks"], runs[0]["defects"]
+    found = {}
+    for share in SHARES:
+        reviews = round(share * total)
+        found[str(share)] = float(np.mean([run["found"][reviews - 1] / min(defects, reviews) for run in runs]))
+    steps = [step for step in runs[0]["auroc"] if all(step in run["auroc"] for run in runs)]
+    auroc = {str(step): float(np.mean([run["auroc"][step] for run in runs])) for step in steps}
+    curve = np.mean([run["found"] for run in runs], axis=0)
+    return {"tasks": total, "defects": defects, "found": found, "auroc": auroc, "curve": curve.tolist()}
+
+
+if __name__ == "__main__":
+    main()
