@@ -193,6 +193,25 @@ def test_a_threshold_is_asked_for_and_its_arrival_is_told(look: Any, site: Site)
     expect(page.get_by_role("status")).to_contain_text("0.620 is in force")
 
 
+def test_enter_in_the_rate_asks_for_the_rate_and_not_for_the_line(look: Any, site: Site) -> None:
+    page = look(f"/projects/{SMALL}")
+    page.get_by_label("False alarms on").fill("3")
+    page.get_by_label("False alarms on").press("Enter")
+    expect(page.get_by_role("status")).to_contain_text("no worker runs")
+    policy = site.store.project(SMALL).document("policy")
+    assert (policy["rule"], policy["value"]) == ("fpr", 0.03)
+
+
+def test_a_version_that_others_deployed_is_told(look: Any, site: Site) -> None:
+    page = look(f"/projects/{SMALL}")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    version = publish(site.store.project(SMALL), threshold=0.57)
+    expect(page.get_by_role("alert")).to_contain_text("A new version is deployed", timeout=60_000)
+    page.get_by_role("link", name="reload").click()
+    expect(page.get_by_text(version).first).to_be_visible()
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
 def test_the_report_is_one_file_that_asks_for_nothing(look: Any, site: Site, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     report.write(site.settings, SMALL, out)

@@ -44,6 +44,9 @@ ROUNDS = 3
 WEIGHT, HALF = 1.0, 3
 """A standard deviation of the head's image score counts WEIGHT * n / (n + HALF) of one of the bank's for n defects."""
 
+UNDRAWN = 1 / 3
+"""What a defect without a mask counts of one with: which patches show it is a guess."""
+
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
@@ -151,6 +154,7 @@ class _Seen:
         self.normal_fold = (random.permutation(self.folds * RUNS) % self.folds)[runs]
         self.lesson_fold = random.permutation(len(lessons)) % self.folds
         self._inside = [lesson.inside for lesson in lessons]
+        self._worth = float(np.mean([UNDRAWN if inside is None else 1.0 for inside in self._inside]))
         self._lessons = [_look(memory, lesson.grid, ()) for lesson in lessons]
         self._residuals: list[Tensor] = []  # of the normals, in half precision: 300 kB an image of 256 x 256 pixels
         self._distances: list[Tensor] = []
@@ -220,7 +224,8 @@ class _Seen:
         deviations = [((one - centre[:, None, None]) / spread[:, None, None]).amax(0, keepdim=True) for one in maps]
         alone = np.array([float(raw_scores(one)[0]) for one in deviations])
         before = np.array(self.normals_before)
-        trust = WEIGHT * len(head.directions) / (len(head.directions) + HALF)
+        taught = len(head.directions) * self._worth
+        trust = WEIGHT * taught / (taught + HALF)
         weight = trust * float(before[own].std()) / (float(alone[own].std()) + 1e-6)
         ready = replace(head, centre=centre, spread=spread, weight=weight, zero=float(alone[own].mean()))
         raw = [

@@ -1,0 +1,97 @@
+"""Draw the README's plots from what the measurements wrote.
+
+    .venv/bin/python tests/bench/plots.py shots MASKS.json NO_MASKS.json -o .images/shots.png
+    .venv/bin/python tests/bench/plots.py inspector INSPECTOR.json -o .images/inspector.png
+
+The first two are `ls-anomaly eval --shots … --json` with and without masks; the third is `inspector.py --json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY = "#1f6fb2", "#e08e1b", "#777777"
+COLOURS = {"random": GREY, "highest unsupervised": ORANGE, "mix": BLUE}
+
+
+def grid(count: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure with room for `count` plots, three in a row."""
+    rows = -(-count // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(9, 2.5 * rows), squeeze=False)
+    flat = list(axes.flat)
+    for axis in flat[count:]:
+        axis.set_visible(False)
+    for axis in flat[:count]:
+        axis.grid(alpha=0.4)
+    return figure, flat[:count]
+
+
+def shots(masks: dict[str, Any], verdicts: dict[str, Any]) -> Figure:
+    """Image AUROC over the number of confirmed defects, a plot for each class."""
+    figure, axes = grid(len(masks))
+    for axis, name in zip(axes, masks, strict=True):
+        counts = list(masks[name]["shots"])
+        places = range(len(counts))
+        bank = [masks[name]["shots"][count]["bank"]["image_auroc"]["mean"] for count in counts]
+        axis.plot(places, bank, "--", color=GREY, label="bank")
+        head = [masks[name]["shots"][count]["head"]["image_auroc"]["mean"] for count in counts]
+        axis.plot(places[1:], head[1:], ":", color=BLUE, linewidth=1, label="head alone, masks")
+        fused = []
+        for figures, colour, label in ((masks, BLUE, "fused, masks"), (verdicts, ORANGE, "fused, verdicts alone")):
+            cells = [figures[name]["shots"][count]["fused"]["image_auroc"] for count in counts]
+            means, spread = [cell["mean"] for cell in cells], [cell.get("std", 0.0) for cell in cells]
+            axis.errorbar(places, means, spread, color=colour, marker="o", markersize=4, capsize=3, label=label)
+            fused += means
+        low, high = min([*bank, *fused]), max([*bank, *fused])
+        axis.set_ylim(low - max(0.03, 0.5 * (high - low)), min(1.005, high + 0.03))
+        axis.set_xticks(list(places), counts)
+        axis.set_title(name, fontsize=10)
+    axes[0].legend(fontsize=7)
+    figure.supxlabel("confirmed defects", fontsize=9)
+    figure.supylabel("image AUROC", fontsize=9)
+    return figure
+
+
+def inspector(figures: dict[str, Any]) -> Figure:
+    """Share of the defects found over the share of the tasks reviewed, a plot for each class."""
+    figure, axes = grid(len(figures))
+    for axis, (name, orders) in zip(axes, figures.items(), strict=True):
+        for order, row in orders.items():
+            reviewed = [100 * (place + 1) / row["tasks"] for place in range(len(row["curve"]))]
+            found = [100 * count / row["defects"] for count in row["curve"]]
+            axis.plot(reviewed, found, color=COLOURS[order], label=order)
+        row = next(iter(orders.values()))
+        perfect = 100 * row["defects"] / row["tasks"]
+        axis.plot([0, perfect, 40], [0, 100, 100], ":", color="black", linewidth=1, label="perfect")
+        axis.set_title(f"{name}: {row['defects']} defects in {row['tasks']}", fontsize=9)
+    axes[0].legend(fontsize=7)
+    figure.supxlabel("tasks reviewed, %", fontsize=9)
+    figure.supylabel("defects found, %", fontsize=9)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plot", choices=("shots", "inspector"))
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    given = parser.parse_args()
+    read = [json.loads(file.read_text()) for file in given.files]
+    figure = shots(read[0], read[1]) if given.plot == "shots" else inspector(read[0])
+    figure.tight_layout()
+    figure.savefig(given.out, dpi=100)
+    print(given.out)
+
+
+if __name__ == "__main__":
+    main()
