@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -213,12 +213,12 @@ def inspect(here: Scene, first: Model, order: str, *, seed: int) -> dict[str, ob
             if model is not before:
                 pool = pool_of(model, here, labels)
             auroc[len(labels)] = auroc_of(model, here)
-    return {"found": found, "auroc": auroc, "tasks": total}
+    return {"found": found, "auroc": auroc, "tasks": total, "defects": int(here.anomalous[~here.aside].sum())}
 
 
 def auroc_of(model: Model, here: Scene) -> float:
     aside = np.flatnonzero(here.aside)
-    return float(roc_auc_score(here.anomalous[aside], scores_of(model.detector, here, aside)))
+    return float(roc_auc_score(here.anomalous[aside], scores_of(model.detector, here, aside.tolist())))
 
 
 def main() -> None:
@@ -250,29 +250,40 @@ def main() -> None:
                     rows[order].append(inspect(here, first, order, seed=seed))
                     bars.update(bar, advance=1, description=f"{one.name} seed {seed}")
                 print(f"{one.name} seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
-                figures[one.name] = {order: summary(runs, here) for order, runs in rows.items()}
+                figures[one.name] = {order: summary(runs) for order, runs in rows.items()}
                 if given.json:
                     given.json.write_text(json.dumps(figures, indent=1) + "\n")
             for order in orders:
                 print(f"{one.name:14s} {order:22s} {line(figures[one.name][order])}", flush=True)
 
 
-def summary(runs: Sequence[dict[str, object]], here: Scene) -> dict[str, object]:
-    """Return means over the seeds."""
-    defects = int(here.anomalous[~here.aside].sum())
-    total = int((~here.aside).sum())
-    found = {}
-    for share in SHARES:
-        reviews = round(share * total)
-        perfect = min(defects, reviews)
-        found[str(share)] = float(np.mean([cast("list[int]", run["found"])[reviews - 1] / perfect for run in runs]))
-    auroc = {
-        str(at): float(np.mean([cast("dict[int, float]", run["auroc"])[at] for run in runs]))
-        for at in AUROC_AT
-        if all(at in cast("dict[int, float]", run["auroc"]) for run in runs)
+def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return means over runs of {"tasks", "defects", "found" after each review, "auroc" by labels}.
+
+    "found" is the share of what a perfect order finds, by share of reviews; "curve" the share of the defects that is
+    found after 0, 1, … % of the reviews. The number of tasks differs a little from seed to seed.
+    """
+    percents = range(round(100 * max(SHARES)) + 1)
+    steps = [step for step in AUROC_AT if all(step in run["auroc"] for run in runs)]
+    return {
+        "tasks": round(float(np.mean([run["tasks"] for run in runs]))),
+        "defects": round(float(np.mean([run["defects"] for run in runs]))),
+        "seeds": len(runs),
+        "found": {str(share): float(np.mean([_of_perfect(run, share) for run in runs])) for share in SHARES},
+        "auroc": {str(step): float(np.mean([run["auroc"][step] for run in runs])) for step in steps},
+        "curve": [
+            float(np.mean([_found(run, percent / 100) / run["defects"] for run in runs])) for percent in percents
+        ],
     }
-    curve = np.mean([cast("list[int]", run["found"])[: round(max(SHARES) * total)] for run in runs], axis=0)
-    return {"tasks": total, "defects": defects, "found": found, "auroc": auroc, "curve": curve.tolist()}
+
+
+def _found(run: Mapping[str, Any], share: float) -> int:
+    reviews = round(share * run["tasks"])
+    return int(run["found"][reviews - 1]) if reviews else 0
+
+
+def _of_perfect(run: Mapping[str, Any], share: float) -> float:
+    return float(_found(run, share) / min(run["defects"], round(share * run["tasks"])))
 
 
 def line(row: object) -> str:

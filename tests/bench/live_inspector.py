@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from inspector import ORDERS, SHARES, STEPS, fresh, line, scene
+from inspector import ORDERS, SHARES, STEPS, fresh, line, scene, summary
 from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress
@@ -191,19 +191,6 @@ def main() -> None:
                     if given.json:
                         given.json.write_text(json.dumps(figures, indent=1) + "\n")
                 print(f"{one.name:14s} {order:22s} {line(figures[one.name][order])}", flush=True)
-
-
-def summary(runs: Sequence[JSON]) -> JSON:
-    """Return means over the seeds."""
-    total, defects = runs[0]["tasks"], runs[0]["defects"]
-    found = {}
-    for share in SHARES:
-        reviews = round(share * total)
-        found[str(share)] = float(np.mean([run["found"][reviews - 1] / min(defects, reviews) for run in runs]))
-    steps = [step for step in runs[0]["auroc"] if all(step in run["auroc"] for run in runs)]
-    auroc = {str(step): float(np.mean([run["auroc"][step] for run in runs])) for step in steps}
-    curve = np.mean([run["found"] for run in runs], axis=0)
-    return {"tasks": total, "defects": defects, "found": found, "auroc": auroc, "curve": curve.tolist()}
 
 
 if __name__ == "__main__":

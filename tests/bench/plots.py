@@ -67,9 +67,8 @@ def inspector(figures: dict[str, Any]) -> Figure:
     figure, axes = grid(len(figures))
     for axis, (name, orders) in zip(axes, figures.items(), strict=True):
         for order, row in orders.items():
-            reviewed = [100 * (place + 1) / row["tasks"] for place in range(len(row["curve"]))]
-            found = [100 * count / row["defects"] for count in row["curve"]]
-            axis.plot(reviewed, found, color=COLOURS[order], label=order)
+            found = [100 * share for share in row["curve"]]
+            axis.plot(range(len(found)), found, color=COLOURS[order], label=order)
         row = next(iter(orders.values()))
         perfect = 100 * row["defects"] / row["tasks"]
         axis.plot([0, perfect, 40], [0, 100, 100], ":", color="black", linewidth=1, label="perfect")
