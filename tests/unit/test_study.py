@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -12,6 +13,8 @@ import torch
 
 from anomaly_workers import detectors, metrics
 from anomaly_workers.detectors.base import Options
+from anomaly_workers.detectors.deviation import fused, views
+from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.patchwise import PatchwiseDetector
 from anomaly_workers.errors import Cancelled, ConfigError
 from anomaly_workers.refine import gate
@@ -115,6 +118,27 @@ def test_a_rejected_alarm_calms_the_head_too(detector: PatchwiseDetector, normal
     assert joined.predict([alarm])[0].is_anomaly
     joined.take_as_normal(joined.quietening(alarm))
     assert not joined.predict([alarm])[0].is_anomaly
+
+
+@pytest.mark.parametrize("level", [1.0, -3.0])
+def test_fused_maps_reach_the_sum_of_both_scores_and_keep_their_order(level: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    distances, deviations = (
+        torch.rand(2, 12, 12, generator=random) + 1,
+        torch.randn(2, 12, 12, generator=random) + level,
+    )
+    joined, both = fused(distances, deviations), distances + deviations
+    assert torch.allclose(raw_scores(joined), raw_scores(distances) + raw_scores(deviations), atol=1e-5)
+    assert torch.equal(joined.flatten(1).argsort(), both.flatten(1).argsort())
+    assert (raw_scores(joined) >= raw_scores(both) - 1e-6).all()
+
+
+def test_a_head_that_saw_no_features_still_scores(detector: PatchwiseDetector, normals: list[torch.Tensor]) -> None:
+    head = study(detector.memory, normals, lessons(detector, 3, masks=True)).head
+    known = normals[0].shape[-1] + 1
+    old = replace(head, mean=head.mean[:known], scale=head.scale[:known], directions=head.directions[:, :known])
+    seen = views(detector.memory.looked_up(normals[0][None])[1], normals[0][None])
+    assert torch.equal(old.maps(seen), old.maps(seen[..., :known]))
 
 
 def test_one_defect_is_enough_and_the_seed_makes_it_repeatable(

@@ -19,8 +19,12 @@ RESAMPLES = 4000
 CONFIDENCE = 0.8
 """Least share of the resamples in which the challenger gives defects a higher margin."""
 
-WORSE = 0.1
-"""The challenger must rank at least as well in this share of the resamples."""
+WORSE = 0.2
+"""The challenger must rank as well in this share of the resamples: worse in four of five is no chance."""
+
+AS_WELL = 0.01
+"""Image AUROC that may be lost and still be called as well, a margin of non-inferiority: one pair in a thousand that
+changes order is no reason to leave defects near the threshold."""
 
 FALSE_ALARMS = 0.05
 """Share of confirmed normals by which false alarms may grow where defects stand out more."""
@@ -100,8 +104,8 @@ def decide(trials: Sequence[Trial], *, thresholds: Thresholds = Thresholds(), se
 
     Ten images hardly move an AUROC: it counts few pairs, and most often is 1 before and after. How far defects stand
     out over the normal images' tail says more, so the challenger has to raise that margin in four of five weightings.
-    It must not rank worse beyond chance, nor lose a defect net of those it gains, and its false alarms may grow by a
-    twentieth of the normals at most.
+    It must not rank worse beyond chance and `AS_WELL`, nor lose a defect net of those it gains, and its false alarms
+    may grow by a twentieth of the normals at most.
     """
     labels = np.array([trial.anomaly for trial in trials], np.bool_)
     defects, normals = int(labels.sum()), int((~labels).sum())
@@ -115,7 +119,7 @@ def decide(trials: Sequence[Trial], *, thresholds: Thresholds = Thresholds(), se
     before, after = _figures(labels, old, thresholds.champion), _figures(labels, new, thresholds.challenger)
     random = np.random.default_rng(seed)
     probability = _agreement((new - old)[labels][:, None], random)
-    ranks_as_well = _agreement(_wins(labels, new) - _wins(labels, old), random)
+    ranks_as_well = _agreement(_wins(labels, new) - _wins(labels, old) + AS_WELL, random)
     dropped = _dropped(trials, thresholds)
     promote, reason = _judged(before, after, probability, ranks_as_well)
     return Decision(promote, reason, round(probability, 4), defects, normals, before, after, dropped)
