@@ -36,7 +36,7 @@ from anomaly_workers.sweep import ENOUGH_NORMALS, ENOUGH_OF_EACH
 from anomaly_workers.types import Detection, Picture
 
 ORDERS = ("random", "highest unsupervised", "mix")
-STEPS = (10, 25, 50, 100)
+STEPS = (10, 25, 50)
 """Labels after which the model learns."""
 
 REORDER = 5

@@ -9,11 +9,12 @@ from anomaly_workers.calibration import (
     THRESHOLD,
     Calibration,
     calibrate,
+    gumbel_body,
     gumbel_fit,
     gumbel_quantile,
+    tail_limit,
     threshold_at,
 )
-from anomaly_workers.detectors.coldstart import robust_limit
 
 
 def gumbel(count: int, *, location: float, scale: float, seed: int = 0) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -80,14 +81,32 @@ def test_scores_without_spread_still_leave_a_margin(scores: list[float]) -> None
     assert calibration.unit > 0
 
 
-def test_robust_limit_ignores_a_fifth_of_defects() -> None:
-    normal = gumbel(200, location=10, scale=0.5)
-    with_defects = np.concatenate([normal, np.linspace(15, 40, 50)])
+def test_what_was_left_out_is_missed_by_the_middle_of_the_scores_only_a_little() -> None:
+    scores = np.sort(gumbel(20_000, location=10, scale=0.5))
+    normals = scores[:16_000]
 
-    limit = robust_limit(with_defects, share=0.005)
+    location, scale = gumbel_body(normals, 4_000)
 
-    assert limit < 15
-    assert limit > 10 + 0.5 * gumbel_quantile(0.98)
+    assert (location, scale) == (pytest.approx(10, abs=0.02), pytest.approx(0.5, rel=0.03))
+    limit = tail_limit(normals.tolist(), target_fpr=0.01, left_out=4_000)
+    assert np.mean(scores >= limit) == pytest.approx(0.01, abs=0.003)
+    assert np.mean(scores >= tail_limit(normals.tolist(), target_fpr=0.01)) > 0.04
+
+
+def test_defects_left_out_instead_of_normals_move_the_limit_little() -> None:
+    normals = gumbel(200, location=10, scale=0.5).tolist()
+
+    limit = tail_limit(normals, target_fpr=0.01, left_out=50)
+
+    assert 10 + 0.5 * gumbel_quantile(0.98) < limit < 10 + 0.5 * gumbel_quantile(0.9999)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_few_scores_with_some_left_out_still_have_a_limit(count: int) -> None:
+    calibration = calibrate(np.linspace(5, 6, count).tolist(), target_fpr=0.01, left_out=1)
+
+    assert calibration.limit > 6
+    assert calibration.unit > 0
 
 
 def test_a_score_leads_back_to_its_raw_score() -> None:

@@ -88,5 +88,13 @@ def test_nearest_equals_all_pairs_across_chunks(monkeypatch: pytest.MonkeyPatch)
     assert nearest(queries[:0], bank).shape == (0,)
 
 
+@pytest.mark.parametrize("rank", [2, neighbours.FEW, neighbours.FEW + 1])
+def test_a_farther_neighbour_is_the_one_of_that_rank(rank: int) -> None:
+    queries, bank = rows(50), rows(30, seed=1)
+
+    wanted = torch.cdist(queries, bank).sort(dim=1).values[:, rank - 1]
+    assert torch.allclose(nearest(queries, bank, rank=rank), wanted, atol=1e-4)
+
+
 def test_block_is_smaller_than_the_rows_it_is_tried_on() -> None:
     assert coreset.BLOCK < 700

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from anomaly_workers import detectors
 from anomaly_workers.detectors import padim, patchcore
 from anomaly_workers.detectors.base import Detector, Options
-from anomaly_workers.detectors.coldstart import trusted
+from anomaly_workers.detectors.coldstart import LEFT_OUT, trusted
 from anomaly_workers.detectors.maps import raw_maps, raw_scores
 from anomaly_workers.detectors.patches import patch_grids
 from anomaly_workers.detectors.regions import regions
@@ -236,6 +236,20 @@ def test_confirmed_pictures_are_never_left_out(normals: Pictures) -> None:
 
     assert trusted(grids, [False] * 13, seed=0)[-1] != 12
     assert trusted(grids, [False] * 12 + [True], seed=0)[-1] == 12
+
+
+def test_the_oddest_of_the_unlabelled_pictures_are_left_out() -> None:
+    pictures = [surface(seed, defect=seed < 3) for seed in range(40)]
+    detector = detectors.create(Options(image_size=96))
+    grids = patch_grids(detector.backbone, pictures)  # type: ignore[attr-defined]
+
+    kept = trusted(grids, [False] * 40, seed=0)
+    with_normals = trusted(grids, [seed >= 20 for seed in range(40)], seed=0)
+
+    assert len(kept) == 40 - round(LEFT_OUT * 40)
+    assert not {0, 1, 2} & {*kept, *with_normals}
+    assert len(with_normals) == 40 - round(LEFT_OUT * 20)
+    assert set(range(20, 40)) <= set(with_normals)
 
 
 def test_an_unlabelled_picture_does_not_vouch_for_itself(normals: Pictures, tmp_path: Path) -> None:

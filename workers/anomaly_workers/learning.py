@@ -189,7 +189,7 @@ def _with_threshold(
     detector = candidate.detector
     verdicts = {one.example.task: bool(one.example.anomaly) for one in confirmed}
     judged = {task: (score, verdicts[task]) for task, score in candidate.scores.items()}
-    known = Evidence(detector.calibration, detector.options.target_fpr, detector.held_out, judged)
+    known = Evidence(detector.calibration, detector.options.target_fpr, detector.held_out, judged, detector.left_out)
     detector.threshold, rule, value = operating.settle(policy.read(session.store), known, runtime.settings)
     return replace(candidate, rule=rule, value=value)
 
@@ -280,6 +280,7 @@ def _card(
         "annotations": sorted(one for item in confirmed for one in item.example.annotations),
         "held_out": {str(task): round(score, 6) for task, score in winner.scores.items()},
         "normals": [round(score, 6) for score in winner.detector.held_out],
+        "left_out": winner.detector.left_out,
         "project_images": chosen.available,
         "threshold": winner.detector.threshold,
         "rule": winner.rule,

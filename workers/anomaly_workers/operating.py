@@ -29,12 +29,14 @@ class Evidence:
         rate: the false-positive rate that the scale puts at one half.
         normals: scores of the images it was fitted on, each by what was learnt from the others; empty if unknown.
         judged: by task the score of each confirmed image and whether it is an anomaly.
+        left_out: how many images were too odd to be among the normals.
     """
 
     scale: Calibration
     rate: float
     normals: Sequence[float] = ()
     judged: Mapping[int, tuple[float, bool]] = field(default_factory=dict)
+    left_out: int = 0
 
     @property
     def confirmed_normals(self) -> list[float]:
@@ -62,7 +64,8 @@ def threshold_for(wanted: Policy, evidence: Evidence, settings: Settings) -> flo
             f"This version knows its threshold for a false-positive rate of {evidence.rate:g} alone. Fit it again "
             "(Start training in Label Studio), or give the threshold itself: --at."
         )
-    return threshold_at(evidence.normals, evidence.scale, target_fpr=wanted.value or settings.target_fpr)
+    rate = wanted.value or settings.target_fpr
+    return threshold_at(evidence.normals, evidence.scale, target_fpr=rate, left_out=evidence.left_out)
 
 
 def settle(wanted: Policy, evidence: Evidence, settings: Settings) -> tuple[float, Rule, float]:
@@ -104,7 +107,8 @@ def evidence(store: ProjectStore, version: str) -> Evidence:
     held_out = {int(task): float(score) for task, score in card.get("held_out", {}).items()}
     judged = _judged(FeedbackLog(store).current().values(), held_out, store.family(version))
     rate = float(card.get("target_fpr") or 0.0)
-    return Evidence(_scale(store, version), rate, tuple(card.get("normals", ())), judged)
+    left_out = int(card.get("left_out", 0))
+    return Evidence(_scale(store, version), rate, tuple(card.get("normals", ())), judged, left_out)
 
 
 def wanted(store: ProjectStore, settings: Settings) -> float:

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from anomaly_workers.calibration import gumbel_quantile
 from anomaly_workers.detectors.crossfit import folds
 from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.neighbours import nearest, square_norms
@@ -23,16 +22,15 @@ SMALLEST = 5
 """Fewer images than this say nothing about which of them is odd."""
 
 ROUNDS = 2
-"""The second round is judged by banks without the first round's suspects."""
+"""The second round judges by patches of what the first one kept."""
 
-CUT = 0.005
-"""An image is suspect where a normal one would score as high with less than this probability."""
+LEFT_OUT = 0.15
+"""Share of the unconfirmed images that is not learnt from, the oddest ones. A normal image too many left out is a false
+alarm that one rejection mends; a defect that was learnt from is not shown. More is better where defects are many
+(train/good with pool/, a defect for five normal images), less where there are none."""
 
 SHARED = 0.3
 """A look that fewer images than this share have in common is not normal for it: similar defects may repeat."""
-
-MOST = 0.5
-"""At most this share is left out."""
 
 
 def trusted(
@@ -45,31 +43,21 @@ def trusted(
     idea of SoftPatch (arXiv 2403.14233): discard by local density before the coreset. Where images are so few that it
     is drawn all the same, the distance is to a farther neighbour, one that a repeated defect does not have.
 
-    Images far out in the tail of the law that the lower scores follow are left out altogether, so that scoring such an
-    image later does not meet its own patches.
+    The oddest share of the unconfirmed images is left out altogether, so that scoring such an image later does not
+    meet its own patches, and the rest judges once more: the refinement of SRR (arXiv 2106.06115, section 3.2).
     """
     count = len(grids)
+    least = count - round(LEFT_OUT * (count - sum(confirmed)))
     if count < SMALLEST or all(confirmed):
         return list(range(count))
     keep: NDArray[np.bool_] = np.ones(count, np.bool_)
     for number in range(ROUNDS):
         scores = _scores(grids, keep, seed=seed + number)
-        suspect = scores > robust_limit(scores, share=CUT)
-        keep = _bounded(~suspect | np.asarray(confirmed, np.bool_), scores)
+        order = np.argsort(np.where(confirmed, -np.inf, scores), kind="stable")
+        keep = np.zeros(count, np.bool_)
+        keep[order[:least]] = True
         progress((number + 1) / ROUNDS, "looking for images to leave out")
     return [int(index) for index in np.flatnonzero(keep)]
-
-
-def robust_limit(scores: NDArray[np.float64], *, share: float) -> float:
-    """Return the score that a normal image passes with probability `share`.
-
-    A Gumbel law is laid through the quantiles from 5 % to 60 %, which 30 % of defects at the top move little.
-    """
-    probabilities = np.linspace(0.05, 0.6, 12)
-    quantiles = np.quantile(scores, probabilities)
-    standard = -np.log(-np.log(probabilities))
-    scale, location = np.polyfit(standard, quantiles, 1)
-    return float(location + max(scale, 0.02 * abs(location)) * gumbel_quantile(1 - share))
 
 
 def _scores(grids: Sequence[Tensor], keep: NDArray[np.bool_], *, seed: int) -> NDArray[np.float64]:
@@ -104,11 +92,3 @@ def _random_patches(grids: Sequence[Tensor], generator: torch.Generator) -> Tens
         rows = grid.flatten(0, 1)
         drawn.append(rows[torch.randperm(len(rows), generator=generator)[:share].to(rows.device)])
     return torch.cat(drawn)
-
-
-def _bounded(keep: NDArray[np.bool_], scores: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Keep at least the lowest-scoring half."""
-    least = np.argsort(scores)[: int(np.ceil((1 - MOST) * len(scores)))]
-    kept = keep.copy()
-    kept[least] = True
-    return kept

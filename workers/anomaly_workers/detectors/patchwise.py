@@ -80,11 +80,13 @@ class PatchwiseDetector(Detector):
     Attributes:
         learns_defects: whether `memory.looked_up` works, which a head needs.
         held_out: after a fit, the score of each remembered picture by what was learnt from the others; not saved.
+        left_out: after a fit, how many pictures were too odd to be remembered; not saved.
     """
 
     memory_type: type[Memory]
     learns_defects = True
     held_out: tuple[float, ...] = ()
+    left_out: int = 0
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -126,7 +128,7 @@ class PatchwiseDetector(Detector):
         kept = trusted(grids, confirmed, seed=seed, progress=_part(progress, 0.0, 0.2))
         normal = [grids[i] for i in kept]
         self._fitted = self._memory = self.memory_type.learn(normal, seed=seed, progress=_part(progress, 0.2, 0.8))
-        self._head = None
+        self._head, self.left_out = None, len(grids) - len(kept)
         self._calibrate(held_out_scores(self._memory, normal, progress=_part(progress, 0.8, 1.0)))
         unconfirmed = [(place, pictures[i]) for place, i in enumerate(kept) if not confirmed[i]]
         self._unconfirmed = _places(unconfirmed)
@@ -176,7 +178,7 @@ class PatchwiseDetector(Detector):
         return self._calibration
 
     def _calibrate(self, held_out: Sequence[float]) -> None:
-        self._calibration = calibrate(held_out, target_fpr=self.options.target_fpr)
+        self._calibration = calibrate(held_out, target_fpr=self.options.target_fpr, left_out=self.left_out)
         self.held_out = tuple(self._calibration.score(raw) for raw in held_out)
 
     def predict(self, pictures: Sequence[Picture]) -> list[Detection]:

@@ -246,11 +246,12 @@ def drift(snapshot: Snapshot) -> Drift:
     """Return the share of new images that score above nearly all normals, by the day they were first scored.
 
     New is what the version was not fitted on: a bank knows its own images too well. Those of them with a score by what
-    was learnt from the others count with that.
+    was learnt from the others count with that. Where odd images were left out, the normals lack their highest scores
+    and the threshold stands in.
     """
     card = snapshot.card
     normals = sorted(_numbers(card.get("normals")))
-    counted = len(normals) >= ENOUGH_NORMALS
+    counted = len(normals) >= ENOUGH_NORMALS and not card.get("left_out")
     limit = float(np.quantile(normals, 0.99)) if counted else THRESHOLD  # where the rate below belongs to
     expected = 0.01 if counted else float(card.get("target_fpr", snapshot.target_fpr))
     by_day: dict[int, list[float]] = {}
