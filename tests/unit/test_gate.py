@@ -75,6 +75,27 @@ def test_defects_are_not_paid_with_false_alarms(random: np.random.Generator) -> 
     assert "false alarms" in decision.reason
 
 
+def test_hard_normals_do_not_keep_back_what_learnt_from_fewer_hidden_defects() -> None:
+    """Scores from a review of ball_screw: the champion had learnt from defects nobody had found yet."""
+    defects = (
+        [0.74, 0.72, 0.72, 0.71, 0.69, 0.69, 0.69, 0.49, 0.51, 0.57, 0.67, 0.53, 0.53, 0.44, 0.65],
+        [0.78, 0.85, 0.85, 0.88, 0.89, 0.85, 0.84, 0.59, 0.72, 0.77, 0.87, 0.79, 0.87, 0.45, 0.81],
+    )
+    normals = (
+        [0.32, 0.25, 0.49, 0.34, 0.34, 0.26, 0.46, 0.46, 0.43, 0.26],
+        [0.31, 0.25, 0.63, 0.29, 0.37, 0.25, 0.43, 0.56, 0.54, 0.27],
+    )
+    assert decide(trials(defects, normals)).promote
+
+
+def test_more_alarms_everywhere_are_no_progress(random: np.random.Generator) -> None:
+    defects, normals = np.array(drawn(random, 10, 0.45, spread=0.05)), np.array(drawn(random, 20, 0.42, spread=0.05))
+    shifted = trials((defects.tolist(), (defects + 0.05).tolist()), (normals.tolist(), (normals + 0.05).tolist()))
+    decision = decide(shifted)
+    assert not decision.promote
+    assert "false alarms" in decision.reason
+
+
 def test_flipped_verdicts_promote_no_worse_challenger() -> None:
     """Three of ten verdicts are wrong, and the challenger is no better than the champion: hardly ever promoted."""
     promoted = 0

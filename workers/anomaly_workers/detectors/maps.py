@@ -10,8 +10,8 @@ SIGMA = 0.5
 """Width of the Gaussian in grid cells: 4 pixels at stride 8, as in PatchCore (arXiv 2106.08265, section 3.3)."""
 
 TOP_SHARE = 0.004
-"""The raw score is the mean over this share of the map, its highest part: four cells of 32 x 32. Mean image AUROC of five
-classes with whole parts, tiles and positions of train/good and pool/ held out: .897 for 1 %, .901 from 0.2 to 0.5 %."""
+"""The raw score is the mean over this share of the map, its highest part: four cells of 32 x 32. Mean image AUROC of
+five classes with whole parts, tiles and positions of train/good and pool/ held out: .897 for 1 %, .901 from 0.2 %."""
 
 
 def raw_maps(distances: Tensor, size: tuple[int, int]) -> Tensor:
