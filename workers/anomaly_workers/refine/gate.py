@@ -170,9 +170,9 @@ def _judged(
         return False, f"ranks worse: {ranks} on confirmed images"
     if after.recall < before.recall:
         return False, f"finds fewer defects: {before.recall:.0%} -> {after.recall:.0%} of the confirmed ones"
-    louder = after.false_positive_rate > before.false_positive_rate + FALSE_ALARMS
-    loud = after.false_positive_rate > MOST_ALARMS or quiet.apart < CONFIDENCE or quiet.recall < before.recall
-    if louder and loud:
+    if after.false_positive_rate > before.false_positive_rate + FALSE_ALARMS and not (
+        after.false_positive_rate <= MOST_ALARMS and quiet.apart >= CONFIDENCE and quiet.recall >= before.recall
+    ):
         alarms = f"{before.false_positive_rate:.0%} -> {after.false_positive_rate:.0%} of the confirmed normals"
         return False, f"raises more false alarms: {alarms}"
     return True, f"better: {margin}, {ranks}"
