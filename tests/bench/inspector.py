@@ -23,12 +23,12 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import Progress
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
 
 from anomaly_workers import detectors, evaluate
 from anomaly_workers.active import strategies
 from anomaly_workers.active.strategies import Pool
 from anomaly_workers.detectors.patchwise import PatchwiseDetector
+from anomaly_workers.detectors.scales import Grids
 from anomaly_workers.evaluate import ClassFolder, EvalOptions
 from anomaly_workers.refine import gate
 from anomaly_workers.refine.study import Lesson, inside_cells, study
@@ -54,7 +54,7 @@ class Scene:
     files: list[Path]
     anomalous: NDArray[np.bool_]
     pictures: list[Picture] = field(repr=False)
-    grids: list[Tensor] = field(repr=False)
+    grids: list[Grids] = field(repr=False)
     aside: NDArray[np.bool_]
 
 
@@ -86,15 +86,15 @@ class Features:
 
     def __init__(self, detector: PatchwiseDetector) -> None:
         self._detector = detector
-        self._known: dict[Path, tuple[Picture, Tensor]] = {}
+        self._known: dict[Path, tuple[Picture, Grids]] = {}
 
-    def of(self, files: Sequence[Path]) -> tuple[list[Picture], list[Tensor]]:
+    def of(self, files: Sequence[Path]) -> tuple[list[Picture], list[Grids]]:
         missing = [path for path in files if path not in self._known]
         pictures = [picture for batch in evaluate.decoded(missing, self._detector.side) for picture in batch]
         for path, picture, grid in zip(missing, pictures, self._detector.grids(pictures), strict=True):
-            self._known[path] = picture, grid.half()
+            self._known[path] = picture, grid
         found = [self._known[path] for path in files]
-        return [picture for picture, _ in found], [grid.float() for _, grid in found]
+        return [picture for picture, _ in found], [grid for _, grid in found]
 
 
 def fresh() -> PatchwiseDetector:
@@ -142,7 +142,7 @@ def lesson(here: Scene, index: int) -> Lesson:
     if file is None:
         return Lesson(grid, None)
     whole = evaluate.read_mask(file, here.pictures[index].pixels.shape[:2])
-    inside = inside_cells(whole, (grid.shape[0], grid.shape[1]))
+    inside = inside_cells(whole, grid.shape)
     return Lesson(grid, inside if bool(inside.any()) else None)
 
 
@@ -151,7 +151,7 @@ def scores_of(detector: PatchwiseDetector, here: Scene, wanted: Sequence[int]) -
 
 
 def seen(detector: PatchwiseDetector, here: Scene, wanted: Sequence[int]) -> list[Detection]:
-    return [detector.predict_grids([here.pictures[i]], here.grids[i][None])[0] for i in wanted]
+    return [detector.predict_grids([here.pictures[i]], here.grids[i])[0] for i in wanted]
 
 
 def pool_of(model: Model, here: Scene, labels: dict[int, bool]) -> Pool:

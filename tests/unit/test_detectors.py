@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from anomaly_workers.detectors.base import Detector, Options
 from anomaly_workers.detectors.coldstart import LEFT_OUT, trusted
 from anomaly_workers.detectors.maps import raw_maps, raw_scores
 from anomaly_workers.detectors.patches import patch_grids
+from anomaly_workers.detectors.patchwise import PatchwiseDetector
 from anomaly_workers.detectors.regions import regions
 from anomaly_workers.errors import Cancelled, ConfigError, NotFitted, StoreError
 from anomaly_workers.types import Detection, Picture
@@ -229,10 +231,14 @@ def test_defects_among_unlabelled_pictures_are_still_found(name: str) -> None:
     assert sum(d.is_anomaly for d in good) <= 2
 
 
+def patches_of(detector: Detector, pictures: Pictures) -> list[torch.Tensor]:
+    return [one.patches[0] for one in patch_grids(cast("PatchwiseDetector", detector).backbone, pictures)]
+
+
 def test_confirmed_pictures_are_never_left_out(normals: Pictures) -> None:
     odd = surface(99, defect=True)
     detector = detectors.create(Options(image_size=96))
-    grids = patch_grids(detector.backbone, [*normals, odd])  # type: ignore[attr-defined]
+    grids = patches_of(detector, [*normals, odd])
 
     assert trusted(grids, [False] * 13, seed=0)[-1] != 12
     assert trusted(grids, [False] * 12 + [True], seed=0)[-1] == 12
@@ -241,7 +247,7 @@ def test_confirmed_pictures_are_never_left_out(normals: Pictures) -> None:
 def test_the_oddest_of_the_unlabelled_pictures_are_left_out() -> None:
     pictures = [surface(seed, defect=seed < 3) for seed in range(40)]
     detector = detectors.create(Options(image_size=96))
-    grids = patch_grids(detector.backbone, pictures)  # type: ignore[attr-defined]
+    grids = patches_of(detector, pictures)
 
     kept = trusted(grids, [False] * 40, seed=0)
     with_normals = trusted(grids, [seed >= 20 for seed in range(40)], seed=0)
@@ -300,8 +306,8 @@ def test_patchcore_equals_its_definition(normals: Pictures, monkeypatch: pytest.
     detector = detectors.DETECTORS["patchcore"](Options(image_size=96))
     detector.fit(normals, confirmed=[True] * 12)
     picture = surface(51, defect=True)
-    train = torch.cat([grid.flatten(0, 1) for grid in patch_grids(detector.backbone, normals)]).numpy()
-    (test,) = patch_grids(detector.backbone, [picture])
+    train = torch.cat([grid.flatten(0, 1) for grid in patches_of(detector, normals)]).numpy()
+    (test,) = patches_of(detector, [picture])
 
     (found,) = detector.predict([picture])
 

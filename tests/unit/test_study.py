@@ -16,6 +16,7 @@ from anomaly_workers.detectors.base import Options
 from anomaly_workers.detectors.deviation import fused, views
 from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.patchwise import PatchwiseDetector
+from anomaly_workers.detectors.scales import Grids
 from anomaly_workers.errors import Cancelled, ConfigError
 from anomaly_workers.refine import gate
 from anomaly_workers.refine.study import Lesson, Study, inside_cells, study
@@ -56,14 +57,14 @@ def detector() -> PatchwiseDetector:
 
 
 @pytest.fixture(scope="module")
-def normals(detector: PatchwiseDetector) -> list[torch.Tensor]:
+def normals(detector: PatchwiseDetector) -> list[Grids]:
     return detector.grids([surface(seed)[0] for seed in range(24)])
 
 
 def lessons(detector: PatchwiseDetector, count: int, *, masks: bool) -> list[Lesson]:
     drawn = [surface(100 + seed, defect=True) for seed in range(count)]
     grids = detector.grids([picture for picture, _ in drawn])
-    shape = (grids[0].shape[0], grids[0].shape[1])
+    shape = grids[0].shape
     return [
         Lesson(grid, inside_cells(mask, shape) if masks else None) for grid, (_, mask) in zip(grids, drawn, strict=True)
     ]
@@ -77,7 +78,7 @@ def gap(study: Study) -> tuple[float, float]:
 
 @pytest.mark.parametrize("masks", [True, False])
 def test_held_out_defects_stand_out_more_with_a_head(
-    detector: PatchwiseDetector, normals: list[torch.Tensor], masks: bool
+    detector: PatchwiseDetector, normals: list[Grids], masks: bool
 ) -> None:
     taught = study(detector.memory, normals, lessons(detector, 8, masks=masks))
     before, after = gap(taught)
@@ -87,7 +88,7 @@ def test_held_out_defects_stand_out_more_with_a_head(
 
 
 def test_new_defects_score_higher_with_the_head_and_normals_do_not(
-    detector: PatchwiseDetector, normals: list[torch.Tensor]
+    detector: PatchwiseDetector, normals: list[Grids]
 ) -> None:
     taught = study(detector.memory, normals, lessons(detector, 8, masks=True))
     joined = detector.joined(taught.head, taught.normals.tolist())
@@ -99,9 +100,7 @@ def test_new_defects_score_higher_with_the_head_and_normals_do_not(
     assert gain > change
 
 
-def test_a_head_is_saved_with_its_detector(
-    detector: PatchwiseDetector, normals: list[torch.Tensor], tmp_path: Path
-) -> None:
+def test_a_head_is_saved_with_its_detector(detector: PatchwiseDetector, normals: list[Grids], tmp_path: Path) -> None:
     taught = study(detector.memory, normals, lessons(detector, 3, masks=True))
     joined = detector.joined(taught.head, taught.normals.tolist())
     joined.save(tmp_path)
@@ -111,7 +110,7 @@ def test_a_head_is_saved_with_its_detector(
     assert loaded[0].score != pytest.approx(detector.predict(pictures)[0].score, abs=1e-4)
 
 
-def test_a_rejected_alarm_calms_the_head_too(detector: PatchwiseDetector, normals: list[torch.Tensor]) -> None:
+def test_a_rejected_alarm_calms_the_head_too(detector: PatchwiseDetector, normals: list[Grids]) -> None:
     taught = study(detector.memory, normals, lessons(detector, 8, masks=True))
     joined = detector.joined(taught.head, taught.normals.tolist())
     alarm = surface(500, defect=True)[0]
@@ -133,16 +132,16 @@ def test_fused_maps_reach_the_sum_of_both_scores_and_keep_their_order(level: flo
     assert (raw_scores(joined) >= raw_scores(both) - 1e-6).all()
 
 
-def test_a_head_that_saw_no_features_still_scores(detector: PatchwiseDetector, normals: list[torch.Tensor]) -> None:
+def test_a_head_that_saw_no_features_still_scores(detector: PatchwiseDetector, normals: list[Grids]) -> None:
     head = study(detector.memory, normals, lessons(detector, 3, masks=True)).head
-    known = normals[0].shape[-1] + 1
+    known = normals[0].patches.shape[-1] + 1
     old = replace(head, mean=head.mean[:known], scale=head.scale[:known], directions=head.directions[:, :known])
-    seen = views(detector.memory.looked_up(normals[0][None])[1], normals[0][None])
+    seen = views(detector.memory.looked_up(normals[0])[1], normals[0].patches)
     assert torch.equal(old.maps(seen), old.maps(seen[..., :known]))
 
 
 def test_one_defect_is_enough_and_the_seed_makes_it_repeatable(
-    detector: PatchwiseDetector, normals: list[torch.Tensor]
+    detector: PatchwiseDetector, normals: list[Grids]
 ) -> None:
     one = lessons(detector, 1, masks=False)
     first, second = (study(detector.memory, normals, one, seed=3) for _ in range(2))
@@ -150,7 +149,7 @@ def test_one_defect_is_enough_and_the_seed_makes_it_repeatable(
     assert np.allclose(first.normals, second.normals)
 
 
-def test_training_can_be_cancelled(detector: PatchwiseDetector, normals: list[torch.Tensor]) -> None:
+def test_training_can_be_cancelled(detector: PatchwiseDetector, normals: list[Grids]) -> None:
     def stop(_fraction: float, _stage: str) -> None:
         raise Cancelled("Cancelled.")
 
@@ -164,7 +163,7 @@ def test_padim_says_that_it_cannot_learn_defects() -> None:
     made.fit(pictures)
     assert not made.learns_defects
     with pytest.raises(ConfigError, match="patchcore-padim"):
-        made.memory.looked_up(made.grids(pictures[:1])[0][None])
+        made.memory.looked_up(made.grids(pictures[:1])[0])
 
 
 @pytest.mark.parametrize("seed", range(4))

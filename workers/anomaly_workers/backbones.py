@@ -32,6 +32,9 @@ RANDOM = Path("random")
 TORCHVISION = "torchvision:"
 """Prefix that asks for torchvision's network where timm has one of the same name."""
 
+CONTEXT_STRIDE = 32
+"""Pixels from cell to cell of the layer that sees wide surroundings."""
+
 _EMBEDDED_TIMM = "tf_efficientnet_lite0"
 _READ_ERRORS = (
     OSError, RuntimeError, ValueError, EOFError, LookupError, AttributeError, TypeError,
@@ -52,6 +55,7 @@ class Backbone:
         mean, scale: (1, 3, 1, 1); pixels in [0, 255] become `(x - mean) * scale`.
         multiple: input sides must be multiples of this; other inputs are interpolated.
         device: where the network lives.
+        has_context: whether the last feature map is that of the deepest layer, whose cells see wide surroundings.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Backbone:
     scale: Tensor
     multiple: int
     device: torch.device
+    has_context: bool = False
 
     def features(self, pixels: NDArray[np.uint8]) -> list[Tensor]:
         """Return the layers' feature maps, shallow to deep, for a batch (n, h, w, 3) of RGB images of one shape."""
@@ -80,7 +85,13 @@ class Backbone:
 
 
 def create(
-    name: str, *, weights: Path | None = None, sha256: str = "", device: str = "cpu", layers: Sequence[int] = ()
+    name: str,
+    *,
+    weights: Path | None = None,
+    sha256: str = "",
+    device: str = "cpu",
+    layers: Sequence[int] = (),
+    context: bool = False,
 ) -> Backbone:
     """Build a frozen network that stops at its deepest wanted layer.
 
@@ -92,13 +103,14 @@ def create(
         device: "cpu", "cuda" or "cuda:N".
         layers: indices into the network's stages; empty means the ones at stride 8 and 16, or of a ViT the blocks at
             one half and three quarters of its depth: middle layers transfer best (PatchCore, arXiv 2106.08265, 4.4.2).
+        context: add the layer at stride 32, where there is one and the network's layers are not named.
 
     Raises:
         WeightsError: no weights, not the ones asked for, or not of this network.
         ConfigError: no such network or layer.
     """
     state = _state(name, weights, sha256)
-    built = _torchvision(name, state, layers) if _is_torchvision(name) else _timm(name, state, layers)
+    built = (_torchvision if _is_torchvision(name) else _timm)(name, state, _Choice(tuple(layers), context))
     network = _faster(built.network.eval().requires_grad_(False))
     network = network.to(device).to(memory_format=torch.channels_last)
     return Backbone(
@@ -108,6 +120,7 @@ def create(
         scale=(1 / (torch.tensor(built.std) * 255)).view(1, 3, 1, 1).to(device),
         multiple=built.multiple,
         device=torch.device(device),
+        has_context=built.has_context,
     )
 
 
@@ -125,6 +138,14 @@ def fold_norms(network: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True, slots=True)
+class _Choice:
+    """Which layers are asked for, as `create` says."""
+
+    layers: tuple[int, ...]
+    context: bool
+
+
+@dataclass(frozen=True, slots=True)
 class _Built:
     """A network with what its weights expect of the input."""
 
@@ -132,6 +153,7 @@ class _Built:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     multiple: int
+    has_context: bool
 
 
 class _Stages(nn.Module):
@@ -243,7 +265,7 @@ def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, state.values(), strict=True))
 
 
-def _timm(name: str, state: dict[str, Tensor] | None, layers: Sequence[int]) -> _Built:
+def _timm(name: str, state: dict[str, Tensor] | None, choice: _Choice) -> _Built:
     """Build a timm network; a state is first loaded strictly into the whole one, so that no layer stays random."""
     name = _EMBEDDED_TIMM if name == EMBEDDED else name
     if not timm.is_model(name):
@@ -257,7 +279,7 @@ def _timm(name: str, state: dict[str, Tensor] | None, layers: Sequence[int]) -> 
         if probe.state_dict().keys() <= state.keys():  # drops the head, which timm would log as unexpected
             options["pretrained_cfg_overlay"] = {"state_dict": {key: state[key] for key in probe.state_dict()}}
     everything = probe.feature_info
-    wanted = _wanted(name, everything.reduction(), layers)
+    wanted, has_context = _wanted(name, everything.reduction(), choice)
     network = _timm_model(name, {**options, "features_only": True, "out_indices": wanted})
     _prune(network)
     config = timm.get_pretrained_cfg(name)
@@ -265,7 +287,7 @@ def _timm(name: str, state: dict[str, Tensor] | None, layers: Sequence[int]) -> 
     channels_last = str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC")
     transformer = len(set(everything.reduction())) == 1
     multiple = 32 if channels_last else int(everything.reduction()[-1]) if transformer else 1
-    return _Built(_ChannelsFirst(network) if channels_last else network, mean, std, multiple)
+    return _Built(_ChannelsFirst(network) if channels_last else network, mean, std, multiple, has_context)
 
 
 def _headless(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -300,18 +322,19 @@ def _prune(network: Any) -> None:
         network.blocks = network.blocks[: max(stages)]
 
 
-def _wanted(name: str, strides: Sequence[int], layers: Sequence[int]) -> tuple[int, ...]:
-    """Choose stages by their strides in pixels."""
-    if layers:
-        if not all(0 <= layer < len(strides) for layer in layers):
-            raise ConfigError(f"{name} has the layers 0 to {len(strides) - 1}, not {tuple(layers)}.")
-        return tuple(sorted(set(layers)))
+def _wanted(name: str, strides: Sequence[int], choice: _Choice) -> tuple[tuple[int, ...], bool]:
+    """Choose stages by their strides in pixels; tell whether the last one is context."""
+    if choice.layers:
+        if not all(0 <= layer < len(strides) for layer in choice.layers):
+            raise ConfigError(f"{name} has the layers 0 to {len(strides) - 1}, not {choice.layers}.")
+        return tuple(sorted(set(choice.layers))), False
     depth = len(strides)
     last = {stride: index for index, stride in enumerate(strides)}
     chosen = {last[stride] for stride in (8, 16) if stride in last}
     if len(last) == 1 or not chosen:  # a transformer keeps its stride
-        chosen = {depth // 2, (3 * depth) // 4}
-    return tuple(sorted(chosen))
+        return tuple(sorted({depth // 2, (3 * depth) // 4})), False
+    deepest = {last[CONTEXT_STRIDE]} if choice.context and CONTEXT_STRIDE in last else set()
+    return tuple(sorted(chosen | deepest)), bool(deepest)
 
 
 def _is_torchvision(name: str) -> bool:
@@ -320,7 +343,7 @@ def _is_torchvision(name: str) -> bool:
     return known and (plain != name or not timm.is_model(name))
 
 
-def _torchvision(name: str, state: dict[str, Tensor] | None, layers: Sequence[int]) -> _Built:
+def _torchvision(name: str, state: dict[str, Tensor] | None, choice: _Choice) -> _Built:
     """Build a torchvision network whose children run one after the other, as those of nearly all do."""
     model = torchvision.models.get_model(name.removeprefix(TORCHVISION), weights=None)
     if state is not None:
@@ -332,8 +355,8 @@ def _torchvision(name: str, state: dict[str, Tensor] | None, layers: Sequence[in
     strides = _strides(name, stages.eval())
     last = {stride: index for index, stride in enumerate(strides)}
     ends = sorted(last.values())
-    wanted = _wanted(name, [strides[end] for end in ends], layers)
-    return _Built(_Stages(list(stages.children()), [ends[index] for index in wanted]), *_IMAGENET, 1)
+    wanted, has_context = _wanted(name, [strides[end] for end in ends], choice)
+    return _Built(_Stages(list(stages.children()), [ends[index] for index in wanted]), *_IMAGENET, 1, has_context)
 
 
 def _sequence(model: nn.Module) -> nn.Sequential:

@@ -14,6 +14,7 @@ from torch import Tensor
 from anomaly_workers import operating, policy, scoring, sweep
 from anomaly_workers.counters import count
 from anomaly_workers.detectors.patchwise import PatchwiseDetector
+from anomaly_workers.detectors.scales import Grids
 from anomaly_workers.feedback import Example, FeedbackLog
 from anomaly_workers.operating import Evidence
 from anomaly_workers.policy import Rule
@@ -298,10 +299,10 @@ def _ungated(session: Session, run: str) -> str:
     return f"{run}: nothing is confirmed yet that versions could be compared on"
 
 
-def _inside(example: Example, grid: Tensor) -> Tensor | None:
+def _inside(example: Example, grid: Grids) -> Tensor | None:
     if example.defect is None:
         return None
-    return inside_cells(example.defect, (grid.shape[0], grid.shape[1])).to(grid.device)
+    return inside_cells(example.defect, grid.shape).to(grid.device)
 
 
 def _courteous(runtime: Runtime, progress: Progress) -> Progress:

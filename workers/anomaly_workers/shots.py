@@ -17,6 +17,7 @@ from torch import Tensor
 from anomaly_workers import detectors, evaluate
 from anomaly_workers.detectors.deviation import Head, fused, views
 from anomaly_workers.detectors.patchwise import PatchwiseDetector, detections
+from anomaly_workers.detectors.scales import Grids
 from anomaly_workers.errors import ConfigError
 from anomaly_workers.evaluate import ClassFolder, EvalOptions, Figures
 from anomaly_workers.refine import gate
@@ -50,7 +51,7 @@ class ShotOptions:
 class _Looked:
     """A test image as every head sees it; features in half precision to keep a class in memory."""
 
-    grid: Tensor = field(repr=False)
+    patches: Tensor = field(repr=False)
     residuals: Tensor = field(repr=False)
     distances: Tensor = field(repr=False)
 
@@ -143,7 +144,7 @@ def _lessons(detector: PatchwiseDetector, one: ClassFolder, files: Sequence[Path
         inside = None
         if mask is not None:
             whole = evaluate.read_mask(mask, picture.pixels.shape[:2])
-            inside = inside_cells(whole, (grid.shape[0], grid.shape[1])).to(grid.device)
+            inside = inside_cells(whole, grid.shape).to(grid.device)
         lessons.append(Lesson(grid, inside if inside is None or bool(inside.any()) else None))
     return lessons
 
@@ -158,10 +159,10 @@ def trials(detector: PatchwiseDetector, joined: PatchwiseDetector, taught: Study
     ]
 
 
-def _look(detector: PatchwiseDetector, grid: Tensor) -> _Looked:
+def _look(detector: PatchwiseDetector, grid: Grids) -> _Looked:
     with torch.inference_mode():
-        distances, residuals = detector.memory.looked_up(grid[None])
-        return _Looked(grid[None].half(), residuals.half(), distances)
+        distances, residuals = detector.memory.looked_up(grid)
+        return _Looked(grid.patches.half(), residuals.half(), distances)
 
 
 def _detections(
@@ -177,7 +178,7 @@ def _detections(
         for picture, one in zip(pictures, looked, strict=True):
             values = one.distances
             if head is not None:
-                deviation = head.maps(views(one.residuals.float(), one.grid.float()))
+                deviation = head.maps(views(one.residuals.float(), one.patches.float()))
                 values = deviation if alone else fused(values, head.weight * (deviation - head.zero))
             found += detections(detector, [picture], values)
     return found

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.parallel import each
+from anomaly_workers.detectors.scales import Grids, Scales
 from anomaly_workers.types import Progress, no_progress
-
-if TYPE_CHECKING:
-    from anomaly_workers.detectors.patchwise import Memory
 
 FOLDS = 4
 """Parts that `folds` deals to."""
 
 
-def held_out_scores(memory: Memory, grids: Sequence[Tensor], *, progress: Progress = no_progress) -> list[float]:
-    """Return each learnt grid's raw score by what was learnt from the others (leave one out).
+def held_out_scores(memory: Scales, grids: Sequence[Grids], *, progress: Progress = no_progress) -> list[float]:
+    """Return each learnt picture's raw score by what was learnt from the others (leave one out).
 
     Nothing is fitted again: a bank knows whose patches it holds, and a Gaussian gives up one image in closed form.
     Against fits on three quarters of the images this halves the distance to what new normal images score.
@@ -28,7 +24,7 @@ def held_out_scores(memory: Memory, grids: Sequence[Tensor], *, progress: Progre
 
     def scored(place: int) -> float:
         with torch.inference_mode():
-            return float(raw_scores(memory.distances(grids[place][None], without=[(place,)]))[0])
+            return float(raw_scores(memory.distances(grids[place], without=[(place,)]))[0])
 
     scores: list[float] = []
     for score in each(scored, range(len(grids)), device=grids[0].device):

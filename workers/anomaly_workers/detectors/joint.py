@@ -71,6 +71,10 @@ class Joint:
 
 
 class PatchCorePadim(PatchwiseDetector):
-    """PatchCore (arXiv 2106.08265) and PaDiM (arXiv 2011.08785) as one: the geometric mean of their patch distances."""
+    """PatchCore (arXiv 2106.08265) and PaDiM (arXiv 2011.08785) as one: the geometric mean of their patch distances.
+
+    It looks at two scales, the middle layers' patches and the deepest layer's surroundings, see `scales`.
+    """
 
     memory_type = Joint
+    context_type = Joint

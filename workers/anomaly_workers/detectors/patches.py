@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from anomaly_workers.backbones import Backbone
 from anomaly_workers.detectors.parallel import each
+from anomaly_workers.detectors.scales import Grids
 from anomaly_workers.types import Picture, Progress, no_progress
 
 BATCH = 4
@@ -23,32 +24,34 @@ MAX_DIMENSIONS = 512
 """Wider features are projected at random to this; distances keep within a few percent (Johnson-Lindenstrauss)."""
 
 
-def patch_grids(backbone: Backbone, pictures: Sequence[Picture], *, progress: Progress = no_progress) -> list[Tensor]:
-    """Return one grid (h, w, d) of locally averaged, concatenated features for each picture, in their order.
-
-    h and w are those of the shallowest layer; pictures of one shape share a pass through the network.
-    """
-    grids: dict[int, Tensor] = {}
+def patch_grids(backbone: Backbone, pictures: Sequence[Picture], *, progress: Progress = no_progress) -> list[Grids]:
+    """Return the features of each picture, in their order; pictures of one shape share a pass through the network."""
+    grids: dict[int, Grids] = {}
     batches = same_shapes(pictures)
     computed = each(lambda batch: grid_batch(backbone, pictures, batch), batches, device=backbone.device)
     for indices, batch in zip(batches, computed, strict=True):
-        grids |= dict(zip(indices, batch, strict=True))
+        grids |= {index: batch.one(place) for place, index in enumerate(indices)}
         progress(len(grids) / len(pictures), "reading features")
     return [grids[index] for index in range(len(pictures))]
 
 
-def grid_batch(backbone: Backbone, pictures: Sequence[Picture], indices: Sequence[int]) -> Tensor:
-    """Return the feature grids (n, h, w, d) of some equally shaped pictures."""
+def grid_batch(backbone: Backbone, pictures: Sequence[Picture], indices: Sequence[int]) -> Grids:
+    """Return the features of some equally shaped pictures; the patches are those of the shallowest layer."""
     pixels = np.stack([pictures[index].pixels for index in indices])  # (n, H, W, 3)
     with torch.inference_mode():
         layers = [_averaged(layer) for layer in backbone.features(pixels)]
-        shape = layers[0].shape[2:]
-        same = [
-            layer if layer.shape[2:] == shape else functional.interpolate(layer, size=shape, mode="bilinear")
-            for layer in layers
-        ]
-        joined = torch.cat(same, dim=1).permute(0, 2, 3, 1)  # (n, c, h, w) -> (n, h, w, d)
-        return _narrowed(_unit(joined))
+        context = _patches([layers.pop()]) if backbone.has_context else None
+        return Grids(_patches(layers), context)
+
+
+def _patches(layers: Sequence[Tensor]) -> Tensor:
+    """Join layers (n, c, h, w) at the first one's resolution to (n, h, w, d)."""
+    shape = layers[0].shape[2:]
+    same = [
+        layer if layer.shape[2:] == shape else functional.interpolate(layer, size=shape, mode="bilinear")
+        for layer in layers
+    ]
+    return _narrowed(_unit(torch.cat(same, dim=1).permute(0, 2, 3, 1)))
 
 
 def same_shapes(pictures: Sequence[Picture]) -> list[list[int]]:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import safetensors
@@ -26,8 +26,10 @@ from anomaly_workers.detectors.coldstart import trusted
 from anomaly_workers.detectors.crossfit import held_out_scores
 from anomaly_workers.detectors.deviation import Head, fused, views
 from anomaly_workers.detectors.maps import raw_maps, raw_scores, smoothed
+from anomaly_workers.detectors.memory import Memory
 from anomaly_workers.detectors.parallel import each
 from anomaly_workers.detectors.patches import grid_batch, patch_grids, same_shapes
+from anomaly_workers.detectors.scales import Grids, Scales
 from anomaly_workers.errors import ConfigError, NotFitted, StoreError
 from anomaly_workers.types import JSON, Detection, Picture, Progress, no_progress
 
@@ -38,52 +40,21 @@ HOTTEST = 16
 """Patches of each image by which look-alikes are found."""
 
 
-class Memory(Protocol):
-    """What is remembered of normal patches: the part in which methods differ."""
-
-    @classmethod
-    def learn(cls, grids: Sequence[Tensor], *, seed: int, progress: Progress = no_progress) -> Self:
-        """Remember grids (h, w, d), not all of one shape."""
-
-    def distances(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
-        """Return how far each patch of (n, h, w, d) is from normal, as (n, h, w).
-
-        `without` names, for each of the n, the learnt grids that must not speak for it, where the method can tell.
-        """
-
-    def looked_up(self, grids: Tensor, *, without: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, Tensor]:
-        """Return `distances` and each patch of (n, h, w, d) less the nearest normal one, from one search.
-
-        Raises:
-            ConfigError: the method remembers no patches.
-        """
-
-    def plus(self, patches: Tensor) -> Self:
-        """Return a memory that takes patches (k, d) as normal too, or itself where the method cannot."""
-
-    def is_nearer(self, rows: Tensor, patches: Tensor) -> bool:
-        """Tell whether `plus` with patches (k, d) would bring one of rows (n, d) nearer to normal."""
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the tensors that `restore` needs."""
-
-    @classmethod
-    def restore(cls, state: dict[str, Tensor]) -> Self:
-        """Rebuild from `state`'s tensors."""
-
-
 class PatchwiseDetector(Detector):
     """A detector that is a frozen backbone, a memory of normal patches and a calibration.
 
     Subclasses name their kind of memory.
 
     Attributes:
+        memory_type: of the patches.
+        context_type: of the wide surroundings that the network's deepest layer sees; None leaves them out.
         learns_defects: whether `memory.looked_up` works, which a head needs.
         held_out: after a fit, the score of each remembered picture by what was learnt from the others; not saved.
         left_out: after a fit, how many pictures were too odd to be remembered; not saved.
     """
 
     memory_type: type[Memory]
+    context_type: type[Memory] | None = None
     learns_defects = True
     held_out: tuple[float, ...] = ()
     left_out: int = 0
@@ -92,9 +63,9 @@ class PatchwiseDetector(Detector):
         self.options = options
         self.side = options.image_size
         self.threshold = THRESHOLD
-        self.backbone = _backbone(options)
-        self._fitted: Memory | None = None
-        self._memory: Memory | None = None  # the fitted one, and what was taken as normal since
+        self.backbone = _backbone(options, context=self.context_type is not None)
+        self._fitted: Scales | None = None
+        self._memory: Scales | None = None  # the fitted one, and what was taken as normal since
         self._head: Head | None = None
         self._unconfirmed: dict[str, tuple[int, ...]] = {}  # fingerprint -> places among the learnt grids
         self._calibration: Calibration | None = None
@@ -112,22 +83,24 @@ class PatchwiseDetector(Detector):
             self.grids(pictures, progress=_part(progress, 0.0, 0.5)), pictures, flags, _part(progress, 0.5, 1)
         )
 
-    def grids(self, pictures: Sequence[Picture], *, progress: Progress = no_progress) -> list[Tensor]:
-        """Return each picture's grid (h, w, d) of patch features."""
+    def grids(self, pictures: Sequence[Picture], *, progress: Progress = no_progress) -> list[Grids]:
+        """Return each picture's features, n = 1."""
         return patch_grids(self.backbone, pictures, progress=progress)
 
     def fit_grids(
         self,
-        grids: Sequence[Tensor],
+        grids: Sequence[Grids],
         pictures: Sequence[Picture],
         confirmed: Sequence[bool],
         progress: Progress = no_progress,
     ) -> list[int]:
         """Do what `fit` does with grids that were computed before; return the places of those it remembers."""
         seed = self.options.seed
-        kept = trusted(grids, confirmed, seed=seed, progress=_part(progress, 0.0, 0.2))
+        kept = trusted([one.patches[0] for one in grids], confirmed, seed=seed, progress=_part(progress, 0.0, 0.2))
         normal = [grids[i] for i in kept]
-        self._fitted = self._memory = self.memory_type.learn(normal, seed=seed, progress=_part(progress, 0.2, 0.8))
+        self._fitted = self._memory = Scales.learn(
+            self.memory_type, self.context_type, normal, seed=seed, progress=_part(progress, 0.2, 0.8)
+        )
         self._head, self.left_out = None, len(grids) - len(kept)
         self._calibrate(held_out_scores(self._memory, normal, progress=_part(progress, 0.8, 1.0)))
         unconfirmed = [(place, pictures[i]) for place, i in enumerate(kept) if not confirmed[i]]
@@ -136,7 +109,7 @@ class PatchwiseDetector(Detector):
         return kept
 
     @property
-    def memory(self) -> Memory:
+    def memory(self) -> Scales:
         """What was fitted.
 
         Raises:
@@ -187,7 +160,7 @@ class PatchwiseDetector(Detector):
 
         def batch(indices: list[int]) -> list[Detection]:
             with torch.inference_mode():
-                grids = grid_batch(self.backbone, pictures, indices)  # (n, h, w, d)
+                grids = grid_batch(self.backbone, pictures, indices)
                 return self.predict_grids([pictures[index] for index in indices], grids)
 
         batches = same_shapes(pictures)
@@ -196,23 +169,23 @@ class PatchwiseDetector(Detector):
             found |= dict(zip(indices, detections, strict=True))
         return [found[index] for index in range(len(pictures))]
 
-    def predict_grids(self, pictures: Sequence[Picture], grids: Tensor) -> list[Detection]:
-        """Do what `predict` does with the grids (n, h, w, d) of n equally shaped pictures, computed before."""
+    def predict_grids(self, pictures: Sequence[Picture], grids: Grids) -> list[Detection]:
+        """Do what `predict` does with the grids of n equally shaped pictures, computed before."""
         with torch.inference_mode():
             own = [self._unconfirmed.get(fingerprint(picture), ()) for picture in pictures]
             distances, fitted, parts = self._seen(grids, own)  # (n, h, w) twice, (n, 2)
-            rows = _hottest(grids, distances)
+            rows = _hottest(grids.patches, distances)
             if fitted is not distances:  # what is calm now is hot again when its rejection is taken back
-                rows = [np.concatenate(pair) for pair in zip(rows, _hottest(grids, fitted), strict=True)]
+                rows = [np.concatenate(pair) for pair in zip(rows, _hottest(grids.patches, fitted), strict=True)]
             found = _detections(pictures, rows, distances, self.calibration, threshold=self.threshold)
         return [replace(one, parts=tuple(row)) for one, row in zip(found, parts, strict=True)]
 
-    def _distances(self, grids: Tensor) -> Tensor:
-        """Return how abnormal each patch of (n, h, w, d) is, in distances; a head may make it negative."""
+    def _distances(self, grids: Grids) -> Tensor:
+        """Return how abnormal each patch is, (n, h, w), in distances; a head may make it negative."""
         return self._seen(grids)[0]
 
-    def _seen(self, grids: Tensor, without: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, Tensor, list[list[float]]]:
-        """Return how abnormal each patch of (n, h, w, d) is, the same as fitted, and the parts of the n raw scores.
+    def _seen(self, grids: Grids, without: Sequence[tuple[int, ...]] = ()) -> tuple[Tensor, Tensor, list[list[float]]]:
+        """Return how abnormal each patch is (n, h, w), the same as fitted, and the parts of the n raw scores.
 
         The first two are one where nothing was taken as normal since the fit.
         """
@@ -220,9 +193,9 @@ class PatchwiseDetector(Detector):
         if head is None:
             plain = fitted.distances(grids, without=without)
             calm = plain if memory is fitted else memory.distances(grids, without=without)
-            return calm, plain, [[] for _ in grids]
+            return calm, plain, [[] for _ in range(len(grids))]
         distances, residuals = fitted.looked_up(grids, without=without)
-        deviations = head.maps(views(residuals, grids)) - head.zero  # (n, h, w)
+        deviations = head.maps(views(residuals, grids.patches)) - head.zero  # (n, h, w)
         parts = torch.stack([raw_scores(distances), raw_scores(deviations)], dim=1).tolist()  # (n, 2)
         more = head.weight * deviations
         plain = fused(distances, more)
@@ -239,12 +212,12 @@ class PatchwiseDetector(Detector):
         if not self.learns_defects:
             return np.zeros((0, 0), np.float16)
         with torch.inference_mode():
-            grids = grid_batch(self.backbone, [picture], [0])  # (1, h, w, d)
+            grids = grid_batch(self.backbone, [picture], [0])  # n = 1
             distances = self._distances(grids)
             hot = torch.maximum(distances, smoothed(distances))[0] > level
             if where is not None:
                 hot &= _on_grid(where, (hot.shape[0], hot.shape[1])).to(hot.device)
-            return np.asarray(grids[0][hot].half().cpu().numpy())
+            return np.asarray(grids.patches[0][hot].half().cpu().numpy())
 
     def take_as_normal(self, patches: NDArray[np.float16]) -> None:
         """See `Detector.take_as_normal`."""
@@ -280,7 +253,7 @@ class PatchwiseDetector(Detector):
             options = replace(Options(**card["options"]), device=device)
             calibration, threshold = Calibration(**card["calibration"]), float(card["threshold"])
             state = safetensors.torch.load_file(folder / TENSORS, device=device)
-            memory, head = cls.memory_type.restore(state), Head.restore(state)
+            memory, head = Scales.restore(cls.memory_type, cls.context_type, state), Head.restore(state)
             unconfirmed = {str(key): tuple(places) for key, places in card["unconfirmed"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
             raise StoreError(f"The model in {folder} is missing or damaged ({error}). Fit it again.") from error
@@ -355,9 +328,9 @@ def saved_name(folder: Path) -> str:
         raise StoreError(f"{folder} holds no model ({error}). Name a version's folder.") from error
 
 
-def _backbone(options: Options) -> Backbone:
-    weights = Path(options.weights) if options.weights else None
-    return backbones.create(options.backbone, weights=weights, sha256=options.weights_sha256, device=options.device)
+def _backbone(options: Options, *, context: bool) -> Backbone:
+    weights, sha256 = Path(options.weights) if options.weights else None, options.weights_sha256
+    return backbones.create(options.backbone, weights=weights, sha256=sha256, device=options.device, context=context)
 
 
 def _flags(pictures: Sequence[Picture], confirmed: Sequence[bool]) -> list[bool]:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from anomaly_workers.detectors.deviation import Head, fused, views
 from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.parallel import each
-from anomaly_workers.detectors.patchwise import Memory
+from anomaly_workers.detectors.scales import Grids, Scales
 from anomaly_workers.types import Progress, no_progress
 
 FOLDS = 10
@@ -53,11 +53,11 @@ class Lesson:
     """A confirmed defect.
 
     Attributes:
-        grid: (h, w, d) patch features.
+        grid: the image's features, n = 1.
         inside: (h, w) share of each cell inside the annotators' mask; None where nobody drew.
     """
 
-    grid: Tensor = field(repr=False)
+    grid: Grids = field(repr=False)
     inside: Tensor | None = field(default=None, repr=False)
 
 
@@ -83,8 +83,8 @@ class Study:
 
 
 def study(
-    memory: Memory,
-    normals: Sequence[Tensor],
+    memory: Scales,
+    normals: Sequence[Grids],
     lessons: Sequence[Lesson],
     *,
     seed: int = 0,
@@ -99,7 +99,7 @@ def study(
 
     Args:
         memory: what was fitted on `normals`.
-        normals: grids (h, w, d) in the order they were learnt.
+        normals: what was learnt, each with n = 1, in that order.
         lessons: at least one.
         seed: makes the folds repeatable.
         progress: told the done fraction; may raise to cancel.
@@ -138,8 +138,8 @@ class _Seen:
 
     def __init__(
         self,
-        memory: Memory,
-        normals: Sequence[Tensor],
+        memory: Scales,
+        normals: Sequence[Grids],
         lessons: Sequence[Lesson],
         *,
         seed: int,
@@ -170,9 +170,9 @@ class _Seen:
     def _look(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return a normal image's residuals and distances without its own patches, and the views of its hardest."""
         with torch.inference_mode():
-            grid, own = self._normals[index][None], [(index,)]
+            grid, own = self._normals[index], [(index,)]
             distances, residuals = self._memory.looked_up(grid, without=own)
-            seen = views(residuals, grid)[0].flatten(0, 1)
+            seen = views(residuals, grid.patches)[0].flatten(0, 1)
             hardest = residuals.norm(dim=-1).flatten().topk(max(1, int(HARD * len(seen)))).indices
             return residuals.half(), distances, seen[hardest]
 
@@ -204,7 +204,7 @@ class _Seen:
 
         def along(index: int) -> tuple[Tensor, Tensor]:
             with torch.inference_mode():
-                seen = views(self._residuals[index].float(), self._normals[index][None])[0]
+                seen = views(self._residuals[index].float(), self._normals[index].patches)[0]
                 reached = (seen @ directions.T - offsets).permute(2, 0, 1)  # (K, h, w)
                 return reached, raw_scores(reached)
 
@@ -272,10 +272,10 @@ def _space(moments: Sequence[_Moments]) -> tuple[Tensor, Tensor, Tensor]:
     return mean.float(), scale.float(), inverse.float()
 
 
-def _look(memory: Memory, grid: Tensor, places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _look(memory: Scales, grid: Grids, places: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return the views (1, h, w, D) and distances (1, h, w) of one grid, its own patches left out."""
-    distances, residuals = memory.looked_up(grid[None], without=[places])
-    return views(residuals, grid[None]), distances
+    distances, residuals = memory.looked_up(grid, without=[places])
+    return views(residuals, grid.patches), distances
 
 
 def _positives(scores: Tensor, inside: Tensor | None) -> Tensor:

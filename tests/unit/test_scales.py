@@ -1,0 +1,121 @@
+"""Two scales: patches, and the surroundings that a deep layer sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from anomaly_workers import backbones, detectors
+from anomaly_workers.detectors.base import Options
+from anomaly_workers.detectors.joint import Joint
+from anomaly_workers.detectors.patchwise import TENSORS, PatchwiseDetector
+from anomaly_workers.detectors.scales import CONTEXT, Grids, Scales
+from anomaly_workers.types import Picture
+
+SIDE = 96
+CONTEXT_TENSORS = "context."
+
+
+def picture(seed: int) -> Picture:
+    noise = np.random.default_rng(seed).normal(120, 25, (SIDE, SIDE, 3))
+    return Picture(np.clip(noise, 0, 255).astype(np.uint8), size=(SIDE, SIDE))
+
+
+def grids(seed: int, *, context: bool = True) -> Grids:
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.rand(1, 2, 3, 12, generator=generator)
+    return Grids(torch.rand(1, 8, 12, 6, generator=generator), wide if context else None)
+
+
+@pytest.fixture(scope="module")
+def learnt() -> Scales:
+    return Scales.learn(Joint, Joint, [grids(seed) for seed in range(8)], seed=0)
+
+
+@pytest.fixture(scope="module")
+def detector() -> PatchwiseDetector:
+    made = cast("PatchwiseDetector", detectors.create(Options(image_size=SIDE)))
+    made.fit([picture(seed) for seed in range(8)], confirmed=[True] * 8)
+    return made
+
+
+def test_distances_are_the_weighted_geometric_mean_of_both_scales(learnt: Scales) -> None:
+    seen = grids(99)
+    assert seen.context is not None
+    assert learnt.context is not None
+    near = learnt.patches.distances(seen.patches)
+    far = learnt.context.distances(seen.context)
+    far = torch.nn.functional.interpolate(far[None], size=seen.shape, mode="bilinear")[0]
+
+    found = learnt.distances(seen)
+
+    assert torch.allclose(found, near ** (1 - CONTEXT) * far**CONTEXT)
+    assert torch.allclose(found, learnt.looked_up(seen)[0], atol=1e-3)
+
+
+def test_odd_surroundings_alone_raise_the_distance(learnt: Scales) -> None:
+    seen = grids(3)
+    assert seen.context is not None
+    odd = Grids(seen.patches, seen.context + 2)
+    assert (learnt.distances(odd, without=[(3,)]) > learnt.distances(seen, without=[(3,)])).all()
+
+
+def test_a_patch_taken_as_normal_is_calm_whatever_surrounds_it(learnt: Scales) -> None:
+    seen = grids(99)
+    assert seen.context is not None
+    calm = learnt.plus(seen.patches[0].flatten(0, 1))
+    assert calm.distances(Grids(seen.patches, seen.context + 2)).max() < 0.1 * learnt.distances(seen).min()
+
+
+def test_a_network_without_context_is_seen_at_one_scale() -> None:
+    several = [grids(seed, context=False) for seed in range(8)]
+    learnt = Scales.learn(Joint, Joint, several, seed=0)
+    assert learnt.context is None
+    assert torch.equal(learnt.distances(several[0]), learnt.patches.distances(several[0].patches))
+    assert Scales.restore(Joint, Joint, learnt.state()).context is None
+
+
+def test_the_embedded_network_gives_context_to_the_default_method_alone() -> None:
+    pixels = picture(0).pixels[None]
+    network = backbones.create(backbones.EMBEDDED, context=True)
+    assert [layer.shape[1] for layer in network.features(pixels)] == [40, 112, 320]
+    assert network.has_context
+    patchcore = cast("PatchwiseDetector", detectors.create(Options("patchcore", image_size=SIDE)))
+    assert not patchcore.backbone.has_context
+    assert patchcore.grids([picture(0)])[0].context is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("vit_tiny_patch16_224", False), ("torchvision:resnet18", True), ("resnet18", True)]
+)
+def test_context_is_a_layer_of_stride_32(name: str, expected: bool) -> None:
+    network = backbones.create(name, weights=backbones.RANDOM, context=True)
+    layers = network.features(picture(0).pixels[None])
+    assert network.has_context is expected
+    assert (layers[-1].shape[-1] == SIDE // backbones.CONTEXT_STRIDE) is expected
+
+
+def test_both_scales_are_saved(detector: PatchwiseDetector, tmp_path: Path) -> None:
+    detector.save(tmp_path)
+    again = type(detector).load(tmp_path)
+    seen = [picture(50)]
+    assert again.predict(seen)[0].score == detector.predict(seen)[0].score
+
+
+def test_a_version_saved_before_there_was_context_scores_as_it_did(detector: PatchwiseDetector, tmp_path: Path) -> None:
+    detector.save(tmp_path)
+    state = safetensors.torch.load_file(tmp_path / TENSORS)
+    old = {name: tensor for name, tensor in state.items() if not name.startswith(CONTEXT_TENSORS)}
+    assert len(old) < len(state)
+    safetensors.torch.save_file(old, tmp_path / TENSORS)
+
+    again = type(detector).load(tmp_path)
+
+    (seen,) = again.grids([picture(50)])
+    assert again.memory.context is None
+    assert torch.allclose(again.memory.distances(seen), detector.memory.patches.distances(seen.patches), atol=1e-3)
