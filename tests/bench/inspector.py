@@ -110,9 +110,10 @@ def learn(here: Scene, labels: dict[int, bool], champion: Model | None, *, seed:
     chosen = sorted(normal) if enough else sorted([*normal, *unlabelled])
     detector = fresh()
     flags = [i in labels for i in chosen]
-    kept = detector.fit_grids([here.grids[i] for i in chosen], [here.pictures[i] for i in chosen], flags)
-    places = {chosen[at]: place for place, at in enumerate(kept)}
     bad = [i for i, anomalous in labels.items() if anomalous]
+    grids, pictures = [here.grids[i] for i in chosen], [here.pictures[i] for i in chosen]
+    kept = detector.fit_grids(grids, pictures, flags, defects=[here.grids[i] for i in bad])
+    places = {chosen[at]: place for place, at in enumerate(kept)}
     candidates = []
     if champion is not None and min(len(bad), len(normal)) >= ENOUGH_OF_EACH:
         taught = study(detector.memory, [here.grids[chosen[at]] for at in kept], [lesson(here, i) for i in bad])

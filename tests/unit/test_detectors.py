@@ -300,6 +300,23 @@ def naive_patchcore(train: NDArray[np.float32], test: NDArray[np.float32]) -> tu
     return float(top.mean()), smooth
 
 
+def test_what_looks_like_a_confirmed_defect_is_left_out_before_what_is_merely_odd() -> None:
+    random = np.random.default_rng(0)
+    *normals, shown, like = [torch.from_numpy(random.normal(0, 0.1, (16, 16, 8))).float() for _ in range(42)]
+    for place, odd in enumerate(normals[-4:]):
+        odd[4:9, 4:9, place] += 1.1
+    for grid in (shown, like):
+        grid[4:9, 4:9, 7] += 1
+    grids, confirmed = [*normals, like], [True] * 20 + [False] * 21
+
+    alone = trusted(grids, confirmed, seed=0)
+    told = trusted(grids, confirmed, defects=[shown], seed=0)
+
+    assert len(told) == len(alone) == 41 - round(LEFT_OUT * 21)
+    assert 40 in alone
+    assert 40 not in told
+
+
 def test_patchcore_equals_its_definition(normals: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patchcore, "FEWEST", 10**6)  # every patch is remembered, so that no choice intervenes
     monkeypatch.setattr(patchcore, "MOST", 10**6)

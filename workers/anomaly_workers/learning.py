@@ -151,8 +151,9 @@ def _candidates(
 ) -> list[Candidate]:
     """Fit the bank and, on confirmed defects, a head; return both, the one with a head first."""
     grids = detector.grids(pictures, progress=scoring.part(progress, 0.0, 0.3))
-    kept = detector.fit_grids(grids, pictures, flags, scoring.part(progress, 0.3, 0.6))
     defects = [one for one in confirmed if one.example.anomaly]
+    lesson_grids = detector.grids([one.picture for one in defects])
+    kept = detector.fit_grids(grids, pictures, flags, scoring.part(progress, 0.3, 0.6), defects=lesson_grids)
     normals_by_place = {tasks[i]: place for place, i in enumerate(kept)}
     wanted = [one.example.task for one in confirmed if one.example.anomaly is False]
     inside = [task for task in wanted if task in normals_by_place]
@@ -166,7 +167,6 @@ def _candidates(
     )
     if not defects or not detector.learns_defects:
         return [bank]
-    lesson_grids = detector.grids([one.picture for one in defects])
     lessons = [Lesson(grid, _inside(one.example, grid)) for one, grid in zip(defects, lesson_grids, strict=True)]
     normal_grids = [grids[i] for i in kept]
     taught = study(detector.memory, normal_grids, lessons, progress=scoring.part(progress, 0.6, 1.0))

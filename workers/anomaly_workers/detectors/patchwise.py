@@ -93,10 +93,16 @@ class PatchwiseDetector(Detector):
         pictures: Sequence[Picture],
         confirmed: Sequence[bool],
         progress: Progress = no_progress,
+        *,
+        defects: Sequence[Grids] = (),
     ) -> list[int]:
-        """Do what `fit` does with grids that were computed before; return the places of those it remembers."""
+        """Do what `fit` does with grids that were computed before; return the places of those it remembers.
+
+        `defects`, pictures that somebody called anomalous, help to find what is suspicious among the unconfirmed ones.
+        """
         seed = self.options.seed
-        kept = trusted([one.patches[0] for one in grids], confirmed, seed=seed, progress=_part(progress, 0.0, 0.2))
+        patches, known = [one.patches[0] for one in grids], [one.patches[0] for one in defects]
+        kept = trusted(patches, confirmed, defects=known, seed=seed, progress=_part(progress, 0.0, 0.2))
         normal = [grids[i] for i in kept]
         self._fitted = self._memory = Scales.learn(
             self.memory_type, self.context_type, normal, seed=seed, progress=_part(progress, 0.2, 0.8)
