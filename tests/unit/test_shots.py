@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from anomaly_workers import sample, shots
 from anomaly_workers.errors import ConfigError
@@ -17,12 +15,7 @@ from anomaly_workers.shots import ShotOptions, evaluate_shots
 SMALL = EvalOptions(image_size=96, detector="patchcore", device="cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

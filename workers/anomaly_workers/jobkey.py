@@ -6,14 +6,13 @@ import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 _PLAIN = re.compile(r"[A-Za-z0-9-]")
 _ESCAPE = re.compile(r"_([0-9a-f]{2})")
 _SCORE = re.compile(r"score-(\d+)-(.+)-([0-9a-f]{16})")
 _FIT = re.compile(r"fit-(\d+)-(.+)")
-_FEEDBACK = re.compile(r"feedback-(\d+)-.+")
-_THRESHOLD = re.compile(r"threshold-(\d+)-.+")
-_RANK = re.compile(r"rank-(\d+)-.+")
+_WHOLE = re.compile(r"([a-z]+)-(\d+)-.+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,39 +47,46 @@ class FitKey:
 
 
 @dataclass(frozen=True, slots=True)
-class FeedbackKey:
+class _WholeKey:
+    """A job about a whole project, of which one at a time is enough."""
+
+    project: int
+    kind: ClassVar[str]
+    what: ClassVar[str]
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{self.project}-{self.what}"
+
+
+class FeedbackKey(_WholeKey):
     """One look at a project's annotations."""
 
-    project: int
+    __slots__ = ()
     kind = "feedback"
-
-    def __str__(self) -> str:
-        return f"feedback-{self.project}-look"
+    what = "look"
 
 
-@dataclass(frozen=True, slots=True)
-class ThresholdKey:
+class ThresholdKey(_WholeKey):
     """One move of a project's threshold to where its policy wants it."""
 
-    project: int
+    __slots__ = ()
     kind = "threshold"
-
-    def __str__(self) -> str:
-        return f"threshold-{self.project}-move"
+    what = "move"
 
 
-@dataclass(frozen=True, slots=True)
-class RankKey:
+class RankKey(_WholeKey):
     """One ordering of a project's review queue."""
 
-    project: int
+    __slots__ = ()
     kind = "rank"
-
-    def __str__(self) -> str:
-        return f"rank-{self.project}-queue"
+    what = "queue"
 
 
 JobKey = ScoreKey | FitKey | FeedbackKey | ThresholdKey | RankKey
+
+_WHOLE_KEYS: dict[str, type[FeedbackKey | ThresholdKey | RankKey]] = {
+    key.kind: key for key in (FeedbackKey, ThresholdKey, RankKey)
+}
 
 
 def parse_key(job_id: str) -> JobKey | None:
@@ -89,12 +95,8 @@ def parse_key(job_id: str) -> JobKey | None:
         return ScoreKey(int(match[1]), _unescape(match[2]), match[3])
     if match := _FIT.fullmatch(job_id):
         return FitKey(int(match[1]), _unescape(match[2]))
-    if match := _FEEDBACK.fullmatch(job_id):
-        return FeedbackKey(int(match[1]))
-    if match := _THRESHOLD.fullmatch(job_id):
-        return ThresholdKey(int(match[1]))
-    if match := _RANK.fullmatch(job_id):
-        return RankKey(int(match[1]))
+    if (match := _WHOLE.fullmatch(job_id)) and (key := _WHOLE_KEYS.get(match[1])):
+        return key(int(match[2]))
     return None
 
 

@@ -38,8 +38,8 @@ SHOWN = 20
 
 LIKENESS = 0.5
 """How much likeness to a confirmed defect counts beside oddness, each in its own standard deviations. With 13 of 36
-defects among 216 images confirmed, 5.7 instead of 7.3 of the other 23 were still learnt from on ball_screw, 16.0 instead
-of 17.7 of 31 on magnetic_tile, the means of three draws."""
+defects among 216 images confirmed, 5.7 instead of 7.3 of the other 23 were still learnt from on ball_screw, 16.0
+instead of 17.7 of 31 on magnetic_tile, the means of three draws."""
 
 
 def trusted(

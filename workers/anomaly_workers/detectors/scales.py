@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.memory import Memory
 from anomaly_workers.types import Progress, no_progress
 
@@ -18,6 +20,9 @@ CONTEXT = 0.2
 material) has patches that are each at home somewhere. Mean image AUROC on train/good and pool/ of four classes with
 whole parts, tiles and positions held out: .883 without, .886 with 0.15, .885 with 0.25, .883 with 0.35, .877 with 0.5.
 Most of it is magnetic_tile's, .844 to .868 with 0.25; ball_screw lost .813 to .797."""
+
+LOOKED_AT = 16
+"""Learnt pictures in which the two distances are compared, or all where there are fewer."""
 
 _PREFIX = "context."
 
@@ -61,10 +66,12 @@ class Scales:
     Attributes:
         patches: of the patches.
         context: of the surroundings; None where the method or the network has none.
+        unit: the surroundings' distance, for one of the patches', in a typical normal picture.
     """
 
     patches: Memory
     context: Memory | None = None
+    unit: float = 1.0
 
     @classmethod
     def learn(
@@ -79,10 +86,14 @@ class Scales:
         """Remember normal pictures, each with n = 1, in a memory of each type."""
         wide = [one.context[0] for one in grids if one.context is not None]
         far = context.learn(wide, seed=seed) if context and len(wide) == len(grids) else None
-        return cls(patches.learn([one.patches[0] for one in grids], seed=seed, progress=progress), far)
+        near = patches.learn([one.patches[0] for one in grids], seed=seed, progress=progress)
+        return cls(near, far, _unit(near, far, grids) if far else 1.0)
 
     def distances(self, grids: Grids, *, without: Sequence[tuple[int, ...]] = ()) -> Tensor:
-        """Return how far each patch is from normal, as (n, h, w): the weighted geometric mean of both scales.
+        """Return how far each patch is from normal, as (n, h, w).
+
+        A picture's raw score is that of the weighted geometric mean of both scales; the places are those of the
+        patches alone, because a cell of the surroundings sees a defect from far away.
 
         `without` names, for each of the n, the learnt pictures that must not speak for it.
         """
@@ -101,8 +112,8 @@ class Scales:
         if self.context is None or grids.context is None:
             return near
         far = self.context.distances(grids.context, without=without)
-        far = functional.interpolate(far[:, None], size=grids.shape, mode="bilinear")[:, 0]
-        return near ** (1 - CONTEXT) * far**CONTEXT
+        far = functional.interpolate(far[:, None], size=grids.shape, mode="bilinear")[:, 0] / self.unit
+        return _stretched(near, raw_scores(near ** (1 - CONTEXT) * far**CONTEXT))
 
     def plus(self, patches: Tensor) -> Self:
         """Return a memory that takes patches (k, d) as normal too: at distance 0 whatever surrounds them."""
@@ -114,11 +125,35 @@ class Scales:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that `restore` needs."""
-        wide = self.context.state() if self.context else {}
+        wide = self.context.state() | {"unit": torch.tensor(self.unit)} if self.context else {}
         return self.patches.state() | {_PREFIX + name: tensor for name, tensor in wide.items()}
 
     @classmethod
     def restore(cls, patches: type[Memory], context: type[Memory] | None, state: dict[str, Tensor]) -> Self:
         """Rebuild from `state`; one that was saved without context has none."""
         wide = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items() if name.startswith(_PREFIX)}
-        return cls(patches.restore(state), context.restore(wide) if context and wide else None)
+        if not context or not wide:
+            return cls(patches.restore(state))
+        return cls(patches.restore(state), context.restore(wide), float(wide["unit"]))
+
+
+def _unit(near: Memory, far: Memory, grids: Sequence[Grids]) -> float:
+    """Return the ratio of both distances in some of the learnt pictures, each without its own patches."""
+    ratios = []
+    for place in range(0, len(grids), max(1, len(grids) // LOOKED_AT)):
+        one, own = grids[place], [(place,)]
+        if one.context is not None:
+            wide = far.distances(one.context, without=own).median()
+            ratios.append(float(wide / near.distances(one.patches, without=own).median().clamp_min(1e-9)))
+    return float(np.median(ratios)) or 1.0
+
+
+def _stretched(maps: Tensor, scores: Tensor) -> Tensor:
+    """Stretch maps (n, h, w) away from their medians so that their raw scores become `scores` (n,).
+
+    What is typical of a picture stays as it is: multiplied, a score that rises much would lift all of it.
+    """
+    reached, level = raw_scores(maps), maps.flatten(1).median(dim=1).values  # (n,)
+    level = torch.where(torch.minimum(reached, scores) > level, level, torch.zeros_like(level))
+    factor = (scores - level) / (reached - level).clamp_min(1e-9)
+    return (level[:, None, None] + factor[:, None, None] * (maps - level[:, None, None])).clamp_min(0)
