@@ -124,3 +124,16 @@ def test_a_version_saved_before_there_was_context_scores_as_it_did(detector: Pat
     (seen,) = again.grids([picture(50)])
     assert again.memory.context is None
     assert torch.allclose(again.memory.distances(seen), detector.memory.patches.distances(seen.patches), atol=1e-3)
+
+
+def test_pictures_that_were_uploaded_twice_leave_finite_scores_in_order() -> None:
+    made = cast("PatchwiseDetector", detectors.create(Options(image_size=SIDE)))
+    made.fit([picture(seed // 2) for seed in range(16)], confirmed=[True] * 16)
+    odd = picture(50)
+    odd.pixels[30:60, 30:60] = 255
+    flat = Picture(np.full((SIDE, SIDE, 3), 128, np.uint8), size=(SIDE, SIDE))
+
+    known, seen, other = made.predict([picture(0), odd, flat])
+
+    assert all(np.isfinite(one.anomaly_map).all() and 0 <= one.score <= 1 for one in (known, seen, other))
+    assert known.score < min(seen.score, other.score)
