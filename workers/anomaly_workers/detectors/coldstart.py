@@ -32,7 +32,6 @@ alarm that one rejection mends; a defect that was learnt from is not shown. More
 SHARED = 0.3
 """A look that fewer images than this share have in common is not normal for it: similar defects may repeat."""
 
-
 SHOWN = 20
 """Patches of each confirmed defect that are taken to show it, the farthest from normal."""
 
@@ -52,13 +51,6 @@ def trusted(
 ) -> list[int]:
     """Return the indices of the images to remember as normal; confirmed ones always.
 
-    Args:
-        grids: (h, w, d) of each image.
-        confirmed: which of them somebody called normal.
-        defects: (h, w, d) of images that somebody called anomalous; none of `grids`.
-        seed: makes folds and draws repeatable.
-        progress: told the done fraction; may raise to cancel.
-
     Each image is scored by its distance to patches drawn at random from other folds of the images. Random patches
     follow density: a defect that few images share is hardly ever drawn, where a coreset would seek it out. That is the
     idea of SoftPatch (arXiv 2403.14233): discard by local density before the coreset. Where images are so few that it
@@ -67,6 +59,13 @@ def trusted(
     The oddest share of the unconfirmed images is left out altogether, so that scoring such an image later does not
     meet its own patches, and the rest judges once more: the refinement of SRR (arXiv 2106.06115, section 3.2). What
     looks like a confirmed defect is odder than it looks alone: other defects of its kind are still among the images.
+
+    Args:
+        grids: (h, w, d) of each image.
+        confirmed: which of them somebody called normal.
+        defects: (h, w, d) of images that somebody called anomalous; none of `grids`.
+        seed: makes folds and draws repeatable.
+        progress: told the done fraction; may raise to cancel.
     """
     count = len(grids)
     least = count - round(LEFT_OUT * (count - sum(confirmed)))
