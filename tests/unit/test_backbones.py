@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from anomaly_workers import backbones
-from anomaly_workers.backbones import EMBEDDED, RANDOM, create, fold_norms
+from anomaly_workers.backbones import EMBEDDED, RANDOM, create
 from anomaly_workers.errors import ConfigError, WeightsError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 64, 96, 3), np.uint8)
@@ -134,35 +134,3 @@ def test_unknown_networks_are_refused(name: str) -> None:
 def test_unknown_layers_are_refused() -> None:
     with pytest.raises(ConfigError, match="layers 0 to 4"):
         create("resnet18", weights=RANDOM, layers=(9,))
-
-
-def test_folding_keeps_the_function() -> None:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU()).eval()
-    norm = network[1]
-    assert isinstance(norm, nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    norm.running_mean.uniform_(-1, 1)
-    x = torch.randn(1, 3, 8, 8)
-
-    folded = fold_norms(network)
-
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    assert torch.allclose(folded(x), network(x), atol=1e-5)
-
-
-def test_a_norm_that_is_called_elsewhere_is_not_folded() -> None:
-    class Twisted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 3, 1)
-            self.bn = nn.BatchNorm2d(3)
-
-        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-            return [self.conv(self.bn(x).relu())]
-
-    network = Twisted().eval()
-    assert network.bn.running_mean is not None
-    network.bn.running_mean.fill_(0.7)
-
-    assert backbones._faster(network) is network
