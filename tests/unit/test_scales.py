@@ -137,3 +137,20 @@ def test_pictures_that_were_uploaded_twice_leave_finite_scores_in_order() -> Non
 
     assert all(np.isfinite(one.anomaly_map).all() and 0 <= one.score <= 1 for one in (known, seen, other))
     assert known.score < min(seen.score, other.score)
+
+
+def test_a_picture_that_was_uploaded_twice_is_learnt_once() -> None:
+    once, twice = (cast("PatchwiseDetector", detectors.create(Options(image_size=SIDE))) for _ in range(2))
+    seen = [picture(seed) for seed in range(8)]
+    once.fit(seen, confirmed=[True] * 8)
+    twice.fit([*seen, *seen], confirmed=[True] * 16)
+    assert twice.held_out == pytest.approx(once.held_out, abs=1e-4)
+
+    kept = twice.fit_grids(twice.grids([*seen, *seen]), [*seen, *seen], [False] * 8 + [True] * 8)
+    assert kept == list(range(8, 16))  # those that somebody confirmed
+
+
+def test_one_picture_alone_may_be_there_twice() -> None:
+    made = cast("PatchwiseDetector", detectors.create(Options(image_size=SIDE)))
+    made.fit([picture(0), picture(0)])
+    assert len(made.held_out) == 2

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anomaly_workers import operating, policy, scoring, sweep
 from anomaly_workers.counters import count
-from anomaly_workers.detectors.patchwise import PatchwiseDetector
+from anomaly_workers.detectors.patchwise import PatchwiseDetector, fingerprint
 from anomaly_workers.detectors.scales import Grids
 from anomaly_workers.feedback import Example, FeedbackLog
 from anomaly_workers.operating import Evidence
@@ -154,7 +154,9 @@ def _candidates(
     defects = [one for one in confirmed if one.example.anomaly]
     lesson_grids = detector.grids([one.picture for one in defects])
     kept = detector.fit_grids(grids, pictures, flags, scoring.part(progress, 0.3, 0.6), defects=lesson_grids)
-    normals_by_place = {tasks[i]: place for place, i in enumerate(kept)}
+    places = {fingerprint(pictures[i]): place for place, i in enumerate(kept)}
+    prints = {task: fingerprint(picture) for task, picture in zip(tasks, pictures, strict=True)}
+    normals_by_place = {task: places[known] for task, known in prints.items() if known in places}  # twins share a place
     wanted = [one.example.task for one in confirmed if one.example.anomaly is False]
     inside = [task for task in wanted if task in normals_by_place]
     outside = [one for one in confirmed if one.example.anomaly or one.example.task not in normals_by_place]

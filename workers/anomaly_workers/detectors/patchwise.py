@@ -98,16 +98,19 @@ class PatchwiseDetector(Detector):
     ) -> list[int]:
         """Do what `fit` does with grids that were computed before; return the places of those it remembers.
 
+        A picture that was uploaded twice is remembered once: its twin would make it look too normal when held out.
         `defects`, pictures that somebody called anomalous, help to find what is suspicious among the unconfirmed ones.
         """
         seed = self.options.seed
         patches, known = [one.patches[0] for one in grids], [one.patches[0] for one in defects]
         kept = trusted(patches, confirmed, defects=known, seed=seed, progress=_part(progress, 0.0, 0.2))
+        self.left_out = len(grids) - len(kept)
+        kept = _once(kept, pictures, confirmed)
         normal = [grids[i] for i in kept]
         self._fitted = self._memory = Scales.learn(
             self.memory_type, self.context_type, normal, seed=seed, progress=_part(progress, 0.2, 0.8)
         )
-        self._head, self.left_out = None, len(grids) - len(kept)
+        self._head = None
         self._calibrate(held_out_scores(self._memory, normal, progress=_part(progress, 0.8, 1.0)))
         unconfirmed = [(place, pictures[i]) for place, i in enumerate(kept) if not confirmed[i]]
         self._unconfirmed = _places(unconfirmed)
@@ -313,8 +316,16 @@ def fingerprint(picture: Picture) -> str:
     return hashlib.blake2b(picture.pixels.tobytes(), digest_size=10).hexdigest()
 
 
+def _once(places: Sequence[int], pictures: Sequence[Picture], confirmed: Sequence[bool]) -> list[int]:
+    """Return one place of each picture, a confirmed one if there is; all places where all pictures are the same."""
+    first: dict[str, int] = {}
+    for place in sorted(places, key=lambda place: not confirmed[place]):
+        first.setdefault(fingerprint(pictures[place]), place)
+    return sorted(first.values()) if len(first) > 1 else list(places)
+
+
 def _places(pictures: Sequence[tuple[int, Picture]]) -> dict[str, tuple[int, ...]]:
-    """Return the places of each fingerprint; a picture uploaded twice has two."""
+    """Return the places of each fingerprint among the learnt grids."""
     places: dict[str, tuple[int, ...]] = {}
     for place, picture in pictures:
         key = fingerprint(picture)
