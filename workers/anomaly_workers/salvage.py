@@ -94,7 +94,7 @@ class Salvage:
     def bury(self, worker: str, verdict: Verdict) -> None:
         """Give back what a dead worker had taken or was running, and strike it off."""
         if became := text(self._scripts.unclaim(args=[worker, verdict.most_kills, verdict.reason])):
-            logger.warning("A job that worker %s had taken and not begun is now %s", worker, became)
+            logger.log(_level(verdict), "A job that worker %s had taken and not begun is now %s", worker, became)
         for running in self.running():
             if running.worker == worker:
                 self._give_back(running, verdict)
@@ -135,7 +135,7 @@ class Salvage:
         arguments = [running.queue, running.job, running.execution, verdict.most_kills, verdict.reason]
         became = text(self._scripts.give_back(args=arguments))
         if became:
-            logger.warning("Job %s lost its worker %s and is now %s", running.job, running.worker, became)
+            logger.log(_level(verdict), "Job %s lost its worker %s and is now %s", running.job, running.worker, became)
 
     def _entries(self) -> Iterator[tuple[str, str, float]]:
         with self._connection.pipeline(transaction=False) as pipeline:
@@ -163,6 +163,11 @@ class Salvage:
 
     def _just_restarted(self) -> bool:
         return int(self._connection.info("server")["uptime_in_seconds"]) < SILENT_SECONDS
+
+
+def _level(verdict: Verdict) -> int:
+    """Return how loudly to log it: a job that waits for the next start is no news to whoever asked for the end."""
+    return logging.INFO if verdict == SHUTDOWN else logging.WARNING
 
 
 def _split(entry: str) -> tuple[str, str]:
