@@ -14,7 +14,7 @@ import pytest
 
 from anomaly_workers import doctor
 from anomaly_workers.client import Client
-from anomaly_workers.connect import TITLE, ConnectReport, _subscribe, basic, connect, disconnect
+from anomaly_workers.connect import TITLE, ConnectReport, Request, _subscribe, basic, connect, disconnect
 from anomaly_workers.errors import ConfigError, LabelStudioError
 from anomaly_workers.settings import Settings, load_settings
 from anomaly_workers.types import Connection
@@ -84,8 +84,9 @@ def settings(url: str) -> Settings:
 
 
 def joined(client: Client, front: FrontEnd, **options: Any) -> ConnectReport:
-    given: dict[str, Any] = {"project": None, "create": None, "password": PASSWORD} | options
-    return connect(client, settings(front.url), heatmap_url=lambda project: f"{front.url}/heatmap/{project}/k", **given)
+    given: dict[str, Any] = {"password": PASSWORD} | options
+    request = Request(heatmap_url=lambda project: f"{front.url}/heatmap/{project}/k", **given)
+    return connect(client, settings(front.url), request)
 
 
 def test_a_new_project_is_set_up_and_a_second_run_changes_nothing(client: Client, front_end: FrontEnd) -> None:
@@ -171,7 +172,7 @@ def test_a_front_end_that_is_down_is_told(client: Client, new_project: Make) -> 
 def test_a_refused_private_address_names_the_variables(client: Client, new_project: Make, url: str) -> None:
     project = new_project(PLAIN)
     with pytest.raises(ConfigError, match="USE_DEFAULT_BANNED_SUBNETS"):
-        connect(client, settings(url), project=project, create=None, password=PASSWORD, heatmap_url=str)
+        connect(client, settings(url), Request(PASSWORD, str, project=project))
     assert client.backends(project) == []
 
 

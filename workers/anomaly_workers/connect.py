@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from anomaly_workers.client import Backend, Client, Project, Webhook
 from anomaly_workers.errors import ConfigError, LabelStudioError
@@ -34,6 +34,27 @@ OPEN_UP = (
     "(list every network it must not reach), or on a closed network with ML_BLOCK_LOCAL_IP=false and "
     "SSRF_PROTECTION_ENABLED=false."
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Which project to connect, and how.
+
+    Attributes:
+        password: the front end's basic-authentication password.
+        heatmap_url: project id to the address of its heatmap pictures, as a browser sees it.
+        project: an existing project, or
+        create: the title of a new one; one that has the title already is used.
+        add_heatmap: add the heatmap panel to the label config of an existing project.
+        add: controls to add to it where it has none of the kind: "verdict", "mask", "score".
+    """
+
+    password: str = field(repr=False)
+    heatmap_url: Callable[[int], str]
+    project: int | None = None
+    create: str = ""
+    add_heatmap: bool = False
+    add: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,29 +108,19 @@ class Plan:
         return bool(self.before) and self.before != self.after
 
 
-def foresee(
-    client: Client,
-    settings: Settings,
-    *,
-    project: int | None,
-    create: str | None,
-    password: str,
-    heatmap_url: Callable[[int], str],
-    add_heatmap: bool = False,
-    add: Sequence[str] = (),
-) -> Plan:
-    """Say what `connect` would do with the same arguments.
+def foresee(client: Client, settings: Settings, request: Request) -> Plan:
+    """Say what `connect` would do with the same request.
 
     Raises:
         ConfigError: the label config cannot carry predictions.
         LabelStudioError: Label Studio does not answer.
     """
-    found = _existing(client, project, create)
+    found = _existing(client, request)
     url = backend_url(settings)
     if found is None:
         made = ("create the project", f"register the ML backend at {url}", "create the webhook")
-        return Plan(None, "", template.default_config(heatmap_url(0)), made)
-    wanted = _wanted_config(found, heatmap_url, add_heatmap, add)
+        return Plan(None, "", template.default_config(request.heatmap_url(0)), made)
+    wanted = _wanted_config(found, request)
     changes = ["change the label config"] if wanted != found.label_config else []
     changes += [f"set {name} to {value}" for name, value in _different(found).items()]
     backends, webhooks = _own_backends(client, found.id, url), _own_webhooks(client, found.id, url)
@@ -119,7 +130,9 @@ def foresee(
         changes.append(f"update ML backend {backends[0].id}")
     if not webhooks:
         changes.append("create the webhook")
-    elif len(webhooks) > 1 or not _is_subscribed(webhooks[0], {"Authorization": basic(settings.user, password)}):
+    elif len(webhooks) > 1 or not _is_subscribed(
+        webhooks[0], {"Authorization": basic(settings.user, request.password)}
+    ):
         changes.append(f"set the headers and actions of webhook {webhooks[0].id}")
     if found.model_version == TITLE:
         changes.append("leave live mode")
@@ -129,13 +142,8 @@ def foresee(
 def connect(
     client: Client,
     settings: Settings,
+    request: Request,
     *,
-    project: int | None,
-    create: str | None,
-    password: str,
-    heatmap_url: Callable[[int], str],
-    add_heatmap: bool = False,
-    add: Sequence[str] = (),
     keep_config: Callable[[int, str], object] = lambda _project, _xml: None,
 ) -> ConnectReport:
     """Set a project up: label config, project settings, ML backend, webhook.
@@ -143,12 +151,7 @@ def connect(
     Args:
         client: the Label Studio.
         settings: says where the front end is, as Label Studio sees it, and its user name.
-        project: an existing project, or
-        create: the title of a new one; one that has the title already is used.
-        password: the front end's basic-authentication password.
-        heatmap_url: project id to the address of its heatmap pictures, as a browser sees it.
-        add_heatmap: add the heatmap panel to the label config of an existing project.
-        add: controls to add to it where it has none of the kind: "verdict", "mask", "score".
+        request: which project, and how.
         keep_config: called with a project and its label config before that is replaced.
 
     Raises:
@@ -157,8 +160,8 @@ def connect(
         LabelStudioError: Label Studio refused something else, or does not answer.
     """
     changes: list[str] = []
-    found = _project(client, project, create, heatmap_url, changes)
-    wanted = _wanted_config(found, heatmap_url, add_heatmap, add)
+    found = _project(client, request, changes)
+    wanted = _wanted_config(found, request)
     if wanted != found.label_config:
         keep_config(found.id, found.label_config)
         changes.append("changed the label config: " + ", ".join(_added(found.label_config, wanted)))
@@ -166,8 +169,8 @@ def connect(
     controls = config.parse(found.label_config)
     _set_fields(client, found, changes)
     url = backend_url(settings)
-    backend = _register(client, found, url, settings.user, password, changes)
-    webhook = _subscribe(client, found.id, url, {"Authorization": basic(settings.user, password)}, changes)
+    backend = _register(client, found, url, settings.user, request.password, changes)
+    webhook = _subscribe(client, found.id, url, {"Authorization": basic(settings.user, request.password)}, changes)
     _leave_live_mode(client, found, changes)
     address = f"{client.connection.url}/projects/{found.id}/data"
     return ConnectReport(found.id, found.title, address, controls, backend.id, webhook.id, tuple(changes))
@@ -190,35 +193,28 @@ def basic(user: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
 
 
-def _project(
-    client: Client,
-    project: int | None,
-    create: str | None,
-    heatmap_url: Callable[[int], str],
-    changes: list[str],
-) -> Project:
-    same = _existing(client, project, create)
+def _project(client: Client, request: Request, changes: list[str]) -> Project:
+    same = _existing(client, request)
     if same is not None:
         return same
-    assert create is not None
-    new = client.create_project(create, template.default_config(""))
+    new = client.create_project(request.create, template.default_config(""))
     changes.append(f"created project {new.id}")
-    return client.update_project(new.id, label_config=template.default_config(heatmap_url(new.id)))
+    return client.update_project(new.id, label_config=template.default_config(request.heatmap_url(new.id)))
 
 
-def _existing(client: Client, project: int | None, create: str | None) -> Project | None:
-    if (project is None) == (not create):
+def _existing(client: Client, request: Request) -> Project | None:
+    if (request.project is None) == (not request.create):
         raise ConfigError("Give either --project ID or --create TITLE.")
-    if project is not None:
-        return client.project(project)
-    same = next((one for one in client.projects() if one.title == create), None)
+    if request.project is not None:
+        return client.project(request.project)
+    same = next((one for one in client.projects() if one.title == request.create), None)
     return None if same is None else client.project(same.id)
 
 
-def _wanted_config(project: Project, heatmap_url: Callable[[int], str], heatmap: bool, add: Sequence[str]) -> str:
-    wanted = template.with_controls(project.label_config, add) if add else project.label_config
+def _wanted_config(project: Project, request: Request) -> str:
+    wanted = template.with_controls(project.label_config, request.add) if request.add else project.label_config
     config.parse(wanted)
-    return template.with_heatmap(wanted, heatmap_url(project.id)) if heatmap else wanted
+    return template.with_heatmap(wanted, request.heatmap_url(project.id)) if request.add_heatmap else wanted
 
 
 def _added(before: str, after: str) -> list[str]:

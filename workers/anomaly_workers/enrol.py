@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from anomaly_workers import policy, tabs
 from anomaly_workers.client import Client
-from anomaly_workers.connect import ConnectReport, Plan, connect, foresee
+from anomaly_workers.connect import ConnectReport, Plan, Request, connect, foresee
 from anomaly_workers.settings import Settings, public_url
 from anomaly_workers.store import Store
 from anomaly_workers.types import Connection
@@ -48,17 +48,8 @@ def enrol(
         kept_configs.append(f"the label config before is kept in {path}")
 
     with Client(Connection(url=url, token=token, project=project or 0)) as client:
-        report = connect(
-            client,
-            settings,
-            project=project,
-            create=create or None,
-            password=front_password(settings),
-            heatmap_url=lambda number: heatmap_address(settings, number),
-            add_heatmap=heatmap,
-            add=add,
-            keep_config=keep_config,
-        )
+        request = _request(settings, project=project, create=create, heatmap=heatmap, add=add)
+        report = connect(client, settings, request, keep_config=keep_config)
         kept = store.project(report.project)
         kept.connect(Connection(url=url, token=token, project=report.project))
         kept.keep_title(report.title)
@@ -86,16 +77,8 @@ def plan(
         LabelStudioError: Label Studio does not answer.
     """
     with Client(Connection(url=url, token=token, project=project or 0)) as client:
-        found = foresee(
-            client,
-            settings,
-            project=project,
-            create=create or None,
-            password=front_password(settings),
-            heatmap_url=lambda number: heatmap_address(settings, number),
-            add_heatmap=heatmap,
-            add=add,
-        )
+        request = _request(settings, project=project, create=create, heatmap=heatmap, add=add)
+        found = foresee(client, settings, request)
     return replace(found, changes=(*found.changes, "create the Data Manager tabs for review that are missing"))
 
 
@@ -119,3 +102,14 @@ def page_hint(settings: Settings, project: int) -> str:
 def heatmap_address(settings: Settings, project: int) -> str:
     """Return where a browser finds a project's heatmaps."""
     return f"{public_url(settings)}/heatmap/{project}/{Store(settings.data_dir).heatmap_token(project)}"
+
+
+def _request(settings: Settings, *, project: int | None, create: str, heatmap: bool, add: Sequence[str]) -> Request:
+    return Request(
+        password=front_password(settings),
+        heatmap_url=lambda number: heatmap_address(settings, number),
+        project=project,
+        create=create,
+        add_heatmap=heatmap,
+        add=add,
+    )

@@ -167,7 +167,7 @@ class FeedbackLog:
 
     def current(self) -> dict[int, Entry]:
         """Return the newest entry of every annotation that still exists, skips included, by annotation id."""
-        return _living(self.entries())
+        return latest(self.entries())
 
     def examples(self, tasks: Collection[int] | None = None) -> list[Example]:
         """Return what the annotators of each task, or of each of `tasks`, say together, by task.
@@ -213,8 +213,8 @@ class FeedbackLog:
             known = self.entries()
             before = len(known)
             recent = client.annotation_stamps(self._store.id, since=_look_back(known))
-            self._settle(client, controls, known, _changed(recent, _living(known)))
-            living = _living(known)
+            self._settle(client, controls, known, _changed(recent, latest(known)))
+            living = latest(known)
             if client.annotation_count(self._store.id) != len(living):
                 everything = client.annotation_stamps(self._store.id)
                 gone = {entry.task for annotation, entry in living.items() if annotation not in everything}
@@ -244,7 +244,7 @@ class FeedbackLog:
             return
         reader = _Reader(self._store, controls)
         living: dict[int, dict[int, Entry]] = defaultdict(dict)
-        for annotation, entry in _living(known).items():
+        for annotation, entry in latest(known).items():
             living[entry.task][annotation] = entry
         ordered = sorted(tasks)
         for start in range(0, len(ordered), BATCH):
@@ -483,14 +483,15 @@ def _user(completed_by: Any) -> int:
     return int(user or 0)
 
 
-def _living(entries: Iterable[Entry]) -> dict[int, Entry]:
-    living: dict[int, Entry] = {}
+def latest(entries: Iterable[Entry]) -> dict[int, Entry]:
+    """Return the latest entry of each annotation that was not deleted since."""
+    found: dict[int, Entry] = {}
     for entry in entries:
         if entry.kind == "deleted":
-            living.pop(entry.annotation, None)
+            found.pop(entry.annotation, None)
         else:
-            living[entry.annotation] = entry
-    return living
+            found[entry.annotation] = entry
+    return found
 
 
 def _changed(stamps: Mapping[int, Stamp], living: Mapping[int, Entry]) -> set[int]:

@@ -18,7 +18,7 @@ from redis.exceptions import RedisError
 from anomaly_workers import policy
 from anomaly_workers.counters import totals
 from anomaly_workers.errors import StoreError
-from anomaly_workers.feedback import Entry, FeedbackLog, verdict
+from anomaly_workers.feedback import Entry, FeedbackLog, latest, verdict
 from anomaly_workers.pages.facts import Review, Scored, Snapshot, Summary, Work
 from anomaly_workers.queues import Queues
 from anomaly_workers.settings import Settings
@@ -176,12 +176,7 @@ class Collector:
     def _reviews(self, project: ProjectStore) -> tuple[tuple[Review, ...], frozenset[int]]:
         """The tasks with a verdict in the order of their first annotation, and those that were only skipped."""
         entries = self._entries(project)
-        living: dict[int, Entry] = {}
-        for entry in entries:
-            if entry.kind == "deleted":
-                living.pop(entry.annotation, None)
-            else:
-                living[entry.annotation] = entry
+        living = latest(entries)
         by_task: dict[int, list[Entry]] = {}
         for entry in living.values():
             if entry.kind != "skipped":
