@@ -178,14 +178,8 @@ def test_a_refused_private_address_names_the_variables(client: Client, new_proje
 
 def test_an_unknown_name_is_told(client: Client, new_project: Make) -> None:
     with pytest.raises(ConfigError, match="cannot reach"):
-        connect(
-            client,
-            settings("http://no-such-host.invalid"),
-            project=new_project(PLAIN),
-            create=None,
-            password=PASSWORD,
-            heatmap_url=str,
-        )
+        request = Request(PASSWORD, str, project=new_project(PLAIN))
+        connect(client, settings("http://no-such-host.invalid"), request)
 
 
 def test_a_host_name_that_webhooks_refuse_is_explained() -> None:
