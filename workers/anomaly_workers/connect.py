@@ -250,6 +250,9 @@ def _register(client: Client, project: Project, url: str, user: str, password: s
     except LabelStudioError as error:
         raise _explained(client, project.id, url, error) from error
     changes.append(f"registered ML backend {backend.id} at {url}")
+    for twin in _own_backends(client, project.id, url):  # Label Studio repeats a request that met a locked SQLite
+        if twin.id != backend.id:
+            client.delete_backend(twin.id)
     return backend
 
 
@@ -308,6 +311,9 @@ def _subscribe(client: Client, project: int, url: str, headers: Mapping[str, str
         except LabelStudioError as error:
             raise _explained(client, project, url, error) from error
         changes.append(f"created webhook {webhook.id}")
+        for twin in _own_webhooks(client, project, url):
+            if twin.id != webhook.id:
+                client.delete_webhook(twin.id)
         return webhook
     if _is_subscribed(ours[0], headers):
         return ours[0]
