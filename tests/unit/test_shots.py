@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,3 +87,17 @@ def test_what_cannot_be_drawn_is_said(washers: Path, drawn: ShotOptions, reason:
 def test_a_method_that_learns_no_defects_is_refused(washers: Path) -> None:
     with pytest.raises(ConfigError, match="patchcore-padim"):
         evaluate_shots([washers], EvalOptions(image_size=96, detector="padim"), ShotOptions(shots=(1,), seeds=1))
+
+
+def test_normal_images_that_are_there_twice_change_nothing(washers: Path, tmp_path: Path) -> None:
+    twice = tmp_path / "washers"
+    shutil.copytree(washers, twice)
+    for file in sorted((twice / "train/good").iterdir()):
+        shutil.copy(file, file.with_name(f"z{file.name}"))
+
+    alone, both = (evaluate_shots([one], SMALL, ShotOptions(shots=(4,), seeds=1)) for one in (washers, twice))
+
+    for kind in ("bank", "head"):
+        once, again = (figures["washers"]["shots"]["4"][kind] for figures in (alone, both))
+        for column in ("image_ap", "threshold", "recall_at_threshold", "fpr_at_threshold"):
+            assert again[column] == once[column], (kind, column)

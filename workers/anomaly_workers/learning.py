@@ -154,9 +154,9 @@ def _candidates(
     defects = [one for one in confirmed if one.example.anomaly]
     lesson_grids = detector.grids([one.picture for one in defects])
     kept = detector.fit_grids(grids, pictures, flags, scoring.part(progress, 0.3, 0.6), defects=lesson_grids)
-    places = {fingerprint(pictures[i]): place for place, i in enumerate(kept)}
-    prints = {task: fingerprint(picture) for task, picture in zip(tasks, pictures, strict=True)}
-    normals_by_place = {task: places[known] for task, known in prints.items() if known in places}  # twins share a place
+    prints = [fingerprint(picture) for picture in pictures]
+    places = {prints[i]: place for place, i in enumerate(kept)}  # twins share a place
+    normals_by_place = {task: places[known] for task, known in zip(tasks, prints, strict=True) if known in places}
     wanted = [one.example.task for one in confirmed if one.example.anomaly is False]
     inside = [task for task in wanted if task in normals_by_place]
     outside = [one for one in confirmed if one.example.anomaly or one.example.task not in normals_by_place]

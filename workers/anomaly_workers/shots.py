@@ -92,7 +92,8 @@ def _class(one: ClassFolder, options: EvalOptions, drawn: ShotOptions, bars: Pro
         raise ConfigError(f"{options.detector} learns no defects. Use --detector patchcore-padim or patchcore.")
     pictures = [picture for batch in evaluate.decoded(one.train, detector.side) for picture in batch]
     grids = detector.grids(pictures)
-    detector.fit_grids(grids, pictures, [True] * len(pictures))
+    kept = detector.fit_grids(grids, pictures, [True] * len(pictures))
+    normals = [grids[i] for i in kept]
     test = [picture for batch in evaluate.decoded(one.test, detector.side) for picture in batch]
     looked = [_look(detector, grid) for grid in detector.grids(test)]
     bank = evaluate.measured(one, _detections(detector, test, looked, None))
@@ -104,7 +105,7 @@ def _class(one: ClassFolder, options: EvalOptions, drawn: ShotOptions, bars: Pro
             files = _draw(one, count, seed, drawn.unseen)
             row = dict.fromkeys(KINDS, bank)
             if files:
-                taught = study(detector.memory, grids, _lessons(detector, one, files, drawn.masks), seed=seed)
+                taught = study(detector.memory, normals, _lessons(detector, one, files, drawn.masks), seed=seed)
                 joined = detector.joined(taught.head, taught.normals.tolist())
                 alone = detector.joined(taught.head, taught.normals_alone.tolist())
                 row["head"] = evaluate.measured(one, _detections(alone, test, looked, taught.head, alone=True))
