@@ -149,6 +149,26 @@ def test_damage_is_repaired(client: Client, front_end: FrontEnd, new_project: Ma
     assert joined(client, front_end, project=project).changes == ()
 
 
+class Repeating(httpx.HTTPTransport):
+    """Registers every ML backend twice, as Label Studio itself does when its SQLite was locked the first time."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "POST" and request.url.path == "/api/ml/":
+            super().handle_request(request).read()
+        return super().handle_request(request)
+
+
+def test_a_backend_that_label_studio_registers_twice_is_there_once(
+    client: Client, front_end: FrontEnd, new_project: Make
+) -> None:
+    project = new_project(PLAIN)
+    with Client(client.connection, transport=Repeating()) as repeating:
+        report = joined(repeating, front_end, project=project)
+    assert [one.id for one in client.backends(project)] == [report.backend]
+    assert len(client.webhooks(project)) == 1
+    assert joined(client, front_end, project=project).changes == ()
+
+
 def test_a_new_password_reaches_backend_and_webhook(client: Client, front_end: FrontEnd, new_project: Make) -> None:
     project = new_project(PLAIN)
     joined(client, front_end, project=project)

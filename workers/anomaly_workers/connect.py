@@ -124,15 +124,14 @@ def foresee(client: Client, settings: Settings, request: Request) -> Plan:
     changes = ["change the label config"] if wanted != found.label_config else []
     changes += [f"set {name} to {value}" for name, value in _different(found).items()]
     backends, webhooks = _own_backends(client, found.id, url), _own_webhooks(client, found.id, url)
+    headers = {"Authorization": basic(settings.user, request.password)}
     if not backends:
         changes.append(f"register the ML backend at {url}")
     elif len(backends) > 1 or not _is_right(backends[0], url, settings.user):
         changes.append(f"update ML backend {backends[0].id}")
     if not webhooks:
         changes.append("create the webhook")
-    elif len(webhooks) > 1 or not _is_subscribed(
-        webhooks[0], {"Authorization": basic(settings.user, request.password)}
-    ):
+    elif len(webhooks) > 1 or not _is_subscribed(webhooks[0], headers):
         changes.append(f"set the headers and actions of webhook {webhooks[0].id}")
     if found.model_version == TITLE:
         changes.append("leave live mode")
