@@ -129,7 +129,15 @@ def test_fused_maps_reach_the_sum_of_both_scores_and_keep_their_order(level: flo
 def test_a_head_that_saw_no_features_still_scores(detector: PatchwiseDetector, normals: list[Grids]) -> None:
     head = study(detector.memory, normals, lessons(detector, 3, masks=True)).head
     known = normals[0].patches.shape[-1] + 1
-    old = replace(head, mean=head.mean[:known], scale=head.scale[:known], directions=head.directions[:, :known])
+    old = replace(
+        head,
+        mean=head.mean[:known],
+        scale=head.scale[:known],
+        directions=head.directions[:, :known],
+        centre=head.centre[:-1],
+        spread=head.spread[:-1],
+        network=None,
+    )
     seen = views(detector.memory.looked_up(normals[0])[1], normals[0].patches)
     assert torch.equal(old.maps(seen), old.maps(seen[..., :known]))
 

@@ -15,6 +15,7 @@ from anomaly_workers.detectors.deviation import Head, fused, views
 from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.parallel import each
 from anomaly_workers.detectors.scales import Grids, Scales
+from anomaly_workers.refine import network
 from anomaly_workers.types import Progress, no_progress
 
 FOLDS = 10
@@ -40,6 +41,9 @@ MOST = 20
 
 ROUNDS = 3
 """How often the patches of each defect are chosen with the direction that the last choice gave."""
+
+BAG = 200
+"""Patches of each normal image that the network is trained on, at most."""
 
 WEIGHT, HALF = 1.0, 3
 """A standard deviation of the head's image score counts WEIGHT * n / (n + HALF) of one of the bank's for n defects."""
@@ -95,7 +99,8 @@ def study(
     Each defect is a direction in which the normal patches vary little: a linear discriminant between the normal
     images' hardest patches and the defect's own. A normal patch is seen relative to what the other images remember,
     so that its residual is no smaller than a new image's would be. Patches of a defect without a mask are chosen as in
-    multiple-instance learning, by the direction that the last choice gave (arXiv 2108.00462, section 3.2).
+    multiple-instance learning, by the direction that the last choice gave (arXiv 2108.00462, section 3.2). On the same
+    patches a deviation network is trained, see `network.train`.
 
     Args:
         memory: what was fitted on `normals`.
@@ -107,9 +112,9 @@ def study(
     with torch.inference_mode():
         seen = _Seen(memory, normals, lessons, seed=seed, progress=_part(progress, 0.0, 0.5))
         folds = range(seen.folds)
-        heads = [seen.head(without=fold) for fold in folds] if seen.folds > 1 else []
-        whole = seen.head(without=None)
-        scaled = seen.scaled([*heads, whole], progress=_part(progress, 0.5, 0.9))
+        left_out = [*(folds if seen.folds > 1 else []), None]
+        trained = seen.heads(left_out, seed=seed, progress=_part(progress, 0.5, 0.8))
+        scaled = seen.scaled(trained, progress=_part(progress, 0.8, 0.95))
         *heads, whole = [head for head, _, _ in scaled]
         by_fold = heads or [whole]  # a single defect cannot be held out: its head is never judged
         places = [seen.normal_fold[index] if heads else -1 for index in range(len(normals))]
@@ -159,11 +164,13 @@ class _Seen:
         self._residuals: list[Tensor] = []  # of the normals, in half precision: 300 kB an image of 256 x 256 pixels
         self._distances: list[Tensor] = []
         self._moments = [_Moments() for _ in range(self.folds)]
+        self._bag: list[Tensor] = []
         for index, look in enumerate(each(self._look, range(len(normals)), device=self._device)):
             residuals, distances, hard = look
             self._residuals.append(residuals)
             self._distances.append(distances)
             self._moments[self.normal_fold[index]].add(hard)
+            self._bag.append(hard[:: -(-len(hard) // BAG)].half())
             progress((index + 1) / len(normals), "looking at normal images")
         self.normals_before = [float(raw_scores(distances)[0]) for distances in self._distances]
 
@@ -176,8 +183,23 @@ class _Seen:
             hardest = residuals.norm(dim=-1).flatten().topk(max(1, int(HARD * len(seen)))).indices
             return residuals.half(), distances, seen[hardest]
 
-    def head(self, *, without: int | None) -> Head:
-        """Train on all folds but one; centre and spread are still to be found."""
+    def heads(self, left_out: Sequence[int | None], *, seed: int, progress: Progress) -> list[Head]:
+        """Train one on all folds but each of those, or on all; centre and spread are still to be found."""
+        drafts = [self._directions(without=fold) for fold in left_out]
+        *_, (whole, _) = drafts
+        networks = network.train(
+            network.Space(whole.mean, whole.scale, _space(self._moments)[2]),
+            torch.cat(self._bag),
+            torch.cat([torch.full((len(one),), fold) for one, fold in zip(self._bag, self.normal_fold, strict=True)]),
+            [patches for _, patches in drafts],
+            left_out,
+            seed=seed,
+            progress=progress,
+        )
+        return [replace(head, network=net) for (head, _), net in zip(drafts, networks, strict=True)]
+
+    def _directions(self, *, without: int | None) -> tuple[Head, list[Tensor]]:
+        """Return a head without network, trained on all folds but one, and the patches (k, D) of each defect's."""
         chosen = [fold for fold in range(self.folds) if fold != without]
         mean, scale, inverse = _space([self._moments[fold] for fold in chosen])
         lessons = [index for index, fold in enumerate(self.lesson_fold) if fold != without]
@@ -185,27 +207,25 @@ class _Seen:
         hot = [self._lessons[index][1][0].flatten() for index in lessons]
         direction: Tensor | None = None
         for _ in range(ROUNDS):
-            means = torch.stack(
-                [
-                    seen[_positives(distance if direction is None else seen @ direction, self._inside[index])].mean(0)
-                    for index, seen, distance in zip(lessons, views_of, hot, strict=True)
-                ]
-            )
+            showing = [
+                seen[_positives(distance if direction is None else seen @ direction, self._inside[index])]
+                for index, seen, distance in zip(lessons, views_of, hot, strict=True)
+            ]
+            means = torch.stack([patches.mean(0) for patches in showing])
             direction = inverse @ means.mean(0)
         directions = ((1 - OWN) * means.mean(0) + OWN * means) @ inverse
-        ones = torch.ones(len(directions), device=self._device)
-        return Head(mean, scale, directions, torch.zeros_like(ones), ones)
+        unit = torch.ones(len(directions) + 1, device=self._device)
+        head = Head(mean, scale, directions, torch.zeros_like(unit), unit)
+        return head, [patches * scale + mean for patches in showing]
 
     def scaled(self, heads: Sequence[Head], *, progress: Progress) -> list[_Scaled]:
         """Bring heads to the normal images' scale."""
-        directions = torch.cat([head.directions / head.scale for head in heads])  # (K, D)
-        offsets = torch.cat([(head.directions / head.scale) @ head.mean for head in heads])
-        sizes = [len(head.directions) for head in heads]
+        sizes = [len(head.centre) for head in heads]
 
         def along(index: int) -> tuple[Tensor, Tensor]:
             with torch.inference_mode():
                 seen = views(self._residuals[index].float(), self._normals[index].patches)[0]
-                reached = (seen @ directions.T - offsets).permute(2, 0, 1)  # (K, h, w)
+                reached = torch.cat([head.along(seen) for head in heads], dim=-1).permute(2, 0, 1)  # (K, h, w)
                 return reached, raw_scores(reached)
 
         maps, reached = [], []
