@@ -114,6 +114,14 @@ def test_flipped_verdicts_promote_no_worse_challenger() -> None:
     assert promoted <= 25
 
 
+def test_higher_scores_do_not_pay_for_what_probably_ranks_worse() -> None:
+    """Eight of ten defects rise above every normal; two sink among them, and image AUROC falls by more than .01."""
+    normals = np.linspace(0.1, 0.45, 40).tolist()
+    decision = decide(trials(([0.43] * 10, [0.7] * 8 + [0.25] * 2), (normals, normals)))
+    assert not decision.promote
+    assert "ranks worse" in decision.reason
+
+
 def test_the_answer_does_not_depend_on_the_order(random: np.random.Generator) -> None:
     rows = trials((drawn(random, 8, 0.5), drawn(random, 8, 0.6)), (drawn(random, 20, 0.3), drawn(random, 20, 0.3)))
     assert decide(rows).probability == pytest.approx(decide(rows[::-1]).probability, abs=0.05)
