@@ -12,7 +12,7 @@ import torch
 
 from anomaly_workers import detectors, metrics
 from anomaly_workers.detectors.base import Options
-from anomaly_workers.detectors.deviation import fused, views
+from anomaly_workers.detectors.deviation import BELOW, Head, fused, views
 from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.patchwise import PatchwiseDetector
 from anomaly_workers.detectors.scales import Grids
@@ -124,6 +124,35 @@ def test_fused_maps_reach_the_sum_of_both_scores_and_keep_their_order(level: flo
     assert torch.allclose(raw_scores(joined), raw_scores(distances) + raw_scores(deviations), atol=1e-5)
     assert torch.equal(joined.flatten(1).argsort(), both.flatten(1).argsort())
     assert (raw_scores(joined) >= raw_scores(both) - 1e-6).all()
+
+
+def test_below_its_knee_a_head_says_little(detector: PatchwiseDetector, normals: list[Grids]) -> None:
+    """Where normal images lie the map adds a fraction of its weight, beyond the knee all of it, without a step."""
+    head = replace(study(detector.memory, normals, lessons(detector, 3, masks=True)).head, zero=1.0, knee=2.0)
+    added = head.added(torch.tensor([[[0.0, 1.0, 3.0, 4.0]]]))[0, 0] / head.weight
+    assert added.tolist() == pytest.approx([-BELOW, 0.0, 2 * BELOW, 2 * BELOW + 1])
+    assert replace(head, knee=None).added(torch.tensor([[[4.0]]])).item() == pytest.approx(3 * head.weight)
+
+
+@pytest.mark.parametrize("knee", [None, 2.0])
+def test_a_head_is_restored_with_and_without_its_knee(
+    detector: PatchwiseDetector, normals: list[Grids], knee: float | None
+) -> None:
+    head = replace(study(detector.memory, normals, lessons(detector, 3, masks=True)).head, knee=knee)
+    restored = Head.restore(head.state())
+    assert restored is not None
+    assert (restored.knee, restored.zero, restored.weight) == (head.knee, head.zero, head.weight)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_few_normals_are_enough_for_many_defects(seed: int) -> None:
+    """Each fold holds normal images out, also where there are hardly more of them than defects."""
+    made = cast("PatchwiseDetector", detectors.create(Options("patchcore", image_size=SIDE)))
+    few = [surface(i)[0] for i in range(12)]
+    made.fit(few, confirmed=[True] * len(few))
+    taught = study(made.memory, made.grids(few), lessons(made, 10, masks=False), seed=seed)
+    assert len(taught.normals) == 12
+    assert np.isfinite(taught.normals).all()
 
 
 def test_a_head_that_saw_no_features_still_scores(detector: PatchwiseDetector, normals: list[Grids]) -> None:

@@ -180,7 +180,7 @@ def _detections(
             values = one.distances
             if head is not None:
                 deviation = head.maps(views(one.residuals.float(), one.patches.float()))
-                values = deviation if alone else fused(values, head.weight * (deviation - head.zero))
+                values = deviation if alone else fused(values, head.added(deviation))
             found += detections(detector, [picture], values)
     return found
 

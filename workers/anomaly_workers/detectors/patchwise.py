@@ -204,9 +204,9 @@ class PatchwiseDetector(Detector):
             calm = plain if memory is fitted else memory.distances(grids, without=without)
             return calm, plain, [[] for _ in range(len(grids))]
         distances, residuals = fitted.looked_up(grids, without=without)
-        deviations = head.maps(views(residuals, grids.patches)) - head.zero  # (n, h, w)
-        parts = torch.stack([raw_scores(distances), raw_scores(deviations)], dim=1).tolist()  # (n, 2)
-        more = head.weight * deviations
+        deviations = head.maps(views(residuals, grids.patches))  # (n, h, w)
+        parts = torch.stack([raw_scores(distances), raw_scores(deviations - head.zero)], dim=1).tolist()  # (n, 2)
+        more = head.added(deviations)
         plain = fused(distances, more)
         if memory is fitted:
             return plain, plain, parts

@@ -45,8 +45,12 @@ ROUNDS = 3
 BAG = 200
 """Patches of each normal image that the network is trained on, at most."""
 
-WEIGHT, HALF = 1.0, 3
-"""A standard deviation of the head's image score counts WEIGHT * n / (n + HALF) of one of the bank's for n defects."""
+WEIGHT, HALF = 1.5, 3
+"""A standard deviation of the head's image score counts WEIGHT * n / (n + HALF) of one of the bank's for n defects,
+beyond the knee."""
+
+KNEE = 2.5
+"""Standard deviations of the normal images' scores, above their mean, up to which a deviation counts little."""
 
 UNDRAWN = 1 / 3
 """What a defect without a mask counts of one with: which patches show it is a guess."""
@@ -153,10 +157,11 @@ class _Seen:
         self._memory = memory
         self._normals = normals
         self._device = normals[0].device
-        self.folds = min(FOLDS, len(lessons))
+        self.folds = min(FOLDS, len(lessons), len(normals))
         random = np.random.default_rng(seed)
-        runs = np.arange(len(normals)) * self.folds * RUNS // len(normals)  # neighbours are alike: they stay together
-        self.normal_fold = (random.permutation(self.folds * RUNS) % self.folds)[runs]
+        pieces = min(self.folds * RUNS, len(normals))  # each fold has one at least
+        runs = np.arange(len(normals)) * pieces // len(normals)  # neighbours are alike: they stay together
+        self.normal_fold = (random.permutation(pieces) % self.folds)[runs]
         self.lesson_fold = random.permutation(len(lessons)) % self.folds
         self._inside = [lesson.inside for lesson in lessons]
         self._worth = float(np.mean([UNDRAWN if inside is None else 1.0 for inside in self._inside]))
@@ -247,9 +252,10 @@ class _Seen:
         taught = len(head.directions) * self._worth
         trust = WEIGHT * taught / (taught + HALF)
         weight = trust * float(before[own].std()) / (float(alone[own].std()) + 1e-6)
-        ready = replace(head, centre=centre, spread=spread, weight=weight, zero=float(alone[own].mean()))
+        zero, knee = float(alone[own].mean()), KNEE * float(alone[own].std())
+        ready = replace(head, centre=centre, spread=spread, weight=weight, zero=zero, knee=knee)
         raw = [
-            float(raw_scores(fused(distances, weight * (deviation - ready.zero)))[0])
+            float(raw_scores(fused(distances, ready.added(deviation)))[0])
             for distances, deviation in zip(self._distances, deviations, strict=True)
         ]
         return ready, np.array(raw), alone
@@ -262,7 +268,7 @@ class _Seen:
     def lesson_score(self, index: int, head: Head) -> tuple[float, float]:
         """Return a defect's raw score with a head, and without."""
         seen, distances = self._lessons[index]
-        joined = fused(distances, head.weight * (head.maps(seen) - head.zero))
+        joined = fused(distances, head.added(head.maps(seen)))
         return float(raw_scores(joined)[0]), float(raw_scores(distances)[0])
 
 
