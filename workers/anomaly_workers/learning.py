@@ -42,6 +42,23 @@ class Confirmed:
 
 
 @dataclass(frozen=True, slots=True)
+class Material:
+    """What a run learns from.
+
+    Attributes:
+        available: images of the project that could be learnt as normal.
+        tasks: those that are, with `pictures` and `flags`, whether annotators confirmed each.
+        confirmed: every image with a verdict that holds, defects too.
+    """
+
+    available: int
+    tasks: Sequence[int] = field(repr=False)
+    pictures: Sequence[Picture] = field(repr=False)
+    flags: Sequence[bool] = field(repr=False)
+    confirmed: Sequence[Confirmed] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A fitted detector with its scores of confirmed images that it has not seen, by task, and its threshold's rule."""
 
@@ -74,29 +91,13 @@ def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict
         return {"waiting": f"{len(chosen.tasks)} images are few: waiting whether more come"}
     began = time.monotonic()
     detector = cast("PatchwiseDetector", runtime.new_detector())
-    pictures = scoring.gather(
-        runtime, session, chosen.tasks, side=detector.side, progress=scoring.part(polite, 0.0, 0.25, "fetching images")
-    )
-    usable = [index for index, picture in enumerate(pictures) if picture is not None]
-    if len(usable) < 2:
-        return {"waiting": len(usable)}
-    normals = {chosen.tasks[index].id: pictures[index] for index in usable}
-    confirmed = _confirmed(runtime, session, detector, examples, normals)
-    tasks = [chosen.tasks[index].id for index in usable]
-    flags = [chosen.confirmed[index] for index in usable]
-    trained = _candidates(
-        runtime,
-        detector,
-        tasks,
-        [picture for picture in pictures if picture is not None],
-        flags,
-        confirmed,
-        scoring.part(polite, 0.25, 0.9),
-    )
-    candidates = [_with_threshold(runtime, session, one, confirmed) for one in trained]
-    winner, decision = _choose(runtime, session, candidates, confirmed)
-    promote = decision is None or decision.promote
-    card = _card(runtime, chosen, tasks, flags, confirmed, winner, run) | {
+    material = _gathered(runtime, session, detector, chosen, examples, scoring.part(polite, 0.0, 0.25))
+    if len(material.tasks) < 2:
+        return {"waiting": len(material.tasks)}
+    trained = _candidates(detector, material, scoring.part(polite, 0.25, 0.9))
+    candidates = [_with_threshold(runtime, session, one, material.confirmed) for one in trained]
+    winner, decision = _choose(runtime, session, candidates, material.confirmed)
+    card = _card(runtime, material, winner, run) | {
         "fit_seconds": round(time.monotonic() - began, 2),
         "parent": session.store.current or None,
         "project_tasks": session.client.project(project).tasks,
@@ -108,16 +109,21 @@ def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict
         version = session.store.publish(scratch, card)
     session.store.keep_learnt(seen)
     count(runtime.redis, "fits")
-    if not promote:
+    if decision and not decision.promote:
         _go_on(runtime, session, log)
-        return {"version": version, "kept back": card["decision"]["reason"]}
+        return {"version": version, "kept back": decision.reason}
     if overtaken(session.store, before):
         return {"version": version, "kept back": f"{session.store.target} was chosen while this one was fitted"}
-    runtime.keep_warm(project, version, winner.detector)
+    _deploy(runtime, session, version, winner.detector, polite)
+    return {"version": version, "images": len(material.tasks)}
+
+
+def _deploy(runtime: Runtime, session: Session, version: str, detector: PatchwiseDetector, progress: Progress) -> None:
+    """Roll a version out: the open tasks are scored with it before it replaces another."""
+    runtime.keep_warm(session.store.id, version, detector)
     session.store.roll_out(version)
-    polite(0.98, "queueing open tasks")
+    progress(0.98, "queueing open tasks")
     sweep.sweep_project(session.client, session.store, runtime.queues, runtime.settings)
-    return {"version": version, "images": len(usable)}
 
 
 def overtaken(store: ProjectStore, before: str) -> bool:
@@ -140,23 +146,44 @@ def _go_on(runtime: Runtime, session: Session, log: FeedbackLog) -> None:
         runtime.queues.enqueue_fit(session.store.id, "feedback")
 
 
-def _candidates(
+def _gathered(
     runtime: Runtime,
+    session: Session,
     detector: PatchwiseDetector,
-    tasks: Sequence[int],
-    pictures: Sequence[Picture],
-    flags: Sequence[bool],
-    confirmed: Sequence[Confirmed],
+    chosen: TrainingTasks,
+    examples: Sequence[Example],
     progress: Progress,
-) -> list[Candidate]:
+) -> Material:
+    """Fetch and decode the images; those that cannot be read are left out, with a noted failure."""
+    fetching = scoring.part(progress, 0.0, 1.0, "fetching images")
+    pictures = scoring.gather(runtime, session, chosen.tasks, side=detector.side, progress=fetching)
+    usable = [
+        (task.id, picture, flag)
+        for task, picture, flag in zip(chosen.tasks, pictures, chosen.confirmed, strict=True)
+        if picture is not None
+    ]
+    normals = {task: picture for task, picture, _ in usable}
+    return Material(
+        available=chosen.available,
+        tasks=list(normals),
+        pictures=list(normals.values()),
+        flags=[flag for _, _, flag in usable],
+        confirmed=_confirmed(runtime, session, detector, examples, normals),
+    )
+
+
+def _candidates(detector: PatchwiseDetector, material: Material, progress: Progress) -> list[Candidate]:
     """Fit the bank and, on confirmed defects, a head; return both, the one with a head first."""
+    pictures, confirmed = material.pictures, material.confirmed
     grids = detector.grids(pictures, progress=scoring.part(progress, 0.0, 0.3))
     defects = [one for one in confirmed if one.example.anomaly]
     lesson_grids = detector.grids([one.picture for one in defects])
-    kept = detector.fit_grids(grids, pictures, flags, scoring.part(progress, 0.3, 0.6), defects=lesson_grids)
+    kept = detector.fit_grids(grids, pictures, material.flags, scoring.part(progress, 0.3, 0.6), defects=lesson_grids)
     prints = [fingerprint(picture) for picture in pictures]
     places = {prints[i]: place for place, i in enumerate(kept)}  # twins share a place
-    normals_by_place = {task: places[known] for task, known in zip(tasks, prints, strict=True) if known in places}
+    normals_by_place = {
+        task: places[known] for task, known in zip(material.tasks, prints, strict=True) if known in places
+    }
     wanted = [one.example.task for one in confirmed if one.example.anomaly is False]
     inside = [task for task in wanted if task in normals_by_place]
     outside = [one for one in confirmed if one.example.anomaly or one.example.task not in normals_by_place]
@@ -244,11 +271,11 @@ def _confirmed(
     session: Session,
     detector: PatchwiseDetector,
     examples: Sequence[Example],
-    known: Mapping[int, Picture | None],
+    known: Mapping[int, Picture],
 ) -> list[Confirmed]:
     """Return the images with a verdict that holds; those that cannot be read are left out, with a noted failure."""
     agreed = {example.task: example for example in examples if example.anomaly is not None}
-    pictures = dict(known)
+    pictures: dict[int, Picture | None] = dict(known)
     tasks = session.client.tasks(session.store.id, sorted(agreed.keys() - known.keys()))
     read = scoring.gather(runtime, session, tasks, side=detector.side, progress=no_progress) if tasks else []
     pictures |= {task.id: picture for task, picture in zip(tasks, read, strict=True)}
@@ -259,14 +286,11 @@ def _confirmed(
 
 def _card(
     runtime: Runtime,
-    chosen: TrainingTasks,
-    tasks: Sequence[int],
-    flags: Sequence[bool],
-    confirmed: Sequence[Confirmed],
+    material: Material,
     winner: Candidate,
     run: str,
 ) -> JSON:
-    defects = [one.example for one in confirmed if one.example.anomaly]
+    defects = [one.example for one in material.confirmed if one.example.anomaly]
     return {
         "detector": runtime.settings.detector,
         "backbone": runtime.settings.backbone,
@@ -274,17 +298,17 @@ def _card(
         "seed": winner.detector.options.seed,
         "run": run,
         "kind": winner.kind,
-        "mode": "confirmed normals" if all(flags) else "cold start",
-        "images": len(tasks),
-        "confirmed": sum(flags),
+        "mode": "confirmed normals" if all(material.flags) else "cold start",
+        "images": len(material.tasks),
+        "confirmed": sum(material.flags),
         "defects": len(defects),
         "defects_with_mask": sum(example.defect is not None for example in defects),
-        "tasks": list(tasks),
-        "annotations": sorted(one for item in confirmed for one in item.example.annotations),
+        "tasks": list(material.tasks),
+        "annotations": sorted(one for item in material.confirmed for one in item.example.annotations),
         "held_out": {str(task): round(score, 6) for task, score in winner.scores.items()},
         "normals": [round(score, 6) for score in winner.detector.held_out],
         "left_out": winner.detector.left_out,
-        "project_images": chosen.available,
+        "project_images": material.available,
         "threshold": winner.detector.threshold,
         "rule": winner.rule,
         "value": winner.value,
