@@ -50,7 +50,8 @@ WEIGHT, HALF = 1.5, 3
 beyond the knee."""
 
 KNEE = 2.5
-"""Standard deviations of the normal images' scores, above their mean, up to which a deviation counts little."""
+"""Standard deviations above the mean of the normal images' scores, each by a head that has not seen the image, up to
+which a deviation counts nothing."""
 
 UNDRAWN = 1 / 3
 """What a defect without a mask counts of one with: which patches show it is a guess."""
@@ -140,6 +141,9 @@ def study(
 
 _Scaled = tuple[Head, NDArray[np.float64], NDArray[np.float64]]
 """A head with the raw scores of all normal images, joined with the distances and alone."""
+
+_Alone = tuple[Head, list[Tensor], NDArray[np.float64]]
+"""A head that has no knee yet, with its maps (1, h, w) of all normal images and their raw scores."""
 
 
 class _Seen:
@@ -240,9 +244,11 @@ class _Seen:
             progress(len(maps) / len(self._normals), "comparing with normal images")
         levels = torch.split(torch.stack(reached), sizes, dim=1)  # of each head: (n, k)
         rows = enumerate(zip(heads, self._owns(len(heads)), strict=True))
-        return [self._joined(head, levels[place], [one[place] for one in maps], own) for place, (head, own) in rows]
+        found = [self._own_scale(head, levels[place], [one[place] for one in maps], own) for place, (head, own) in rows]
+        knee = self._knee(found)
+        return [self._joined(replace(head, knee=knee), deviations, alone) for head, deviations, alone in found]
 
-    def _joined(self, head: Head, levels: Tensor, maps: Sequence[Tensor], own: NDArray[np.bool_]) -> _Scaled:
+    def _own_scale(self, head: Head, levels: Tensor, maps: Sequence[Tensor], own: NDArray[np.bool_]) -> _Alone:
         """Scale a head by the normal images it was trained on."""
         mine = torch.from_numpy(own).to(levels.device)
         centre, spread = levels[mine].mean(0), levels[mine].std(0) + 1e-6
@@ -252,13 +258,21 @@ class _Seen:
         taught = len(head.directions) * self._worth
         trust = WEIGHT * taught / (taught + HALF)
         weight = trust * float(before[own].std()) / (float(alone[own].std()) + 1e-6)
-        zero, knee = float(alone[own].mean()), KNEE * float(alone[own].std())
-        ready = replace(head, centre=centre, spread=spread, weight=weight, zero=zero, knee=knee)
+        zero = float(alone[own].mean())
+        return replace(head, centre=centre, spread=spread, weight=weight, zero=zero), deviations, alone
+
+    def _knee(self, found: Sequence[_Alone]) -> float:
+        """Return up to where normal images reach that a head has not seen, above its `zero`."""
+        places = self.normal_fold if len(found) > 1 else np.zeros(len(self._normals), np.int64)
+        reached = [found[place][2][index] - found[place][0].zero for index, place in enumerate(places)]
+        return float(np.mean(reached) + KNEE * np.std(reached))
+
+    def _joined(self, head: Head, deviations: Sequence[Tensor], alone: NDArray[np.float64]) -> _Scaled:
         raw = [
-            float(raw_scores(fused(distances, ready.added(deviation)))[0])
+            float(raw_scores(fused(distances, head.added(deviation)))[0])
             for distances, deviation in zip(self._distances, deviations, strict=True)
         ]
-        return ready, np.array(raw), alone
+        return head, np.array(raw), alone
 
     def _owns(self, heads: int) -> list[NDArray[np.bool_]]:
         """For each head, the normal images it was trained on; the last one has seen all."""
