@@ -251,7 +251,7 @@ class _Seen:
     def _own_scale(self, head: Head, levels: Tensor, maps: Sequence[Tensor], own: NDArray[np.bool_]) -> _Alone:
         """Scale a head by the normal images it was trained on."""
         mine = torch.from_numpy(own).to(levels.device)
-        centre, spread = levels[mine].mean(0), levels[mine].std(0) + 1e-6
+        centre, spread = levels[mine].mean(0), levels[mine].std(0, correction=int(own.sum() > 1)) + 1e-6
         deviations = [((one - centre[:, None, None]) / spread[:, None, None]).amax(0, keepdim=True) for one in maps]
         alone = np.array([float(raw_scores(one)[0]) for one in deviations])
         before = np.array(self.normals_before)
