@@ -12,7 +12,7 @@ import torch
 
 from anomaly_workers import detectors, metrics
 from anomaly_workers.detectors.base import Options
-from anomaly_workers.detectors.deviation import Head, fused, views
+from anomaly_workers.detectors.deviation import BELOW, Head, fused, views
 from anomaly_workers.detectors.maps import raw_scores
 from anomaly_workers.detectors.patchwise import PatchwiseDetector
 from anomaly_workers.detectors.scales import Grids
@@ -126,11 +126,11 @@ def test_fused_maps_reach_the_sum_of_both_scores_and_keep_their_order(level: flo
     assert (raw_scores(joined) >= raw_scores(both) - 1e-6).all()
 
 
-def test_below_its_knee_a_head_says_nothing(detector: PatchwiseDetector, normals: list[Grids]) -> None:
-    """Where normal images lie the map adds nothing, beyond the knee its weight, without a step."""
+def test_below_its_knee_a_head_says_little(detector: PatchwiseDetector, normals: list[Grids]) -> None:
+    """Where normal images lie the map adds a fraction of its weight, beyond the knee all of it, without a step."""
     head = replace(study(detector.memory, normals, lessons(detector, 3, masks=True)).head, zero=1.0, knee=2.0)
     added = head.added(torch.tensor([[[0.0, 1.0, 3.0, 4.5]]]))[0, 0] / head.weight
-    assert added.tolist() == pytest.approx([0.0, 0.0, 0.0, 1.5])
+    assert added.tolist() == pytest.approx([-BELOW, 0.0, 2 * BELOW, 2 * BELOW + 1.5])
     assert replace(head, knee=None).added(torch.tensor([[[4.0]]])).item() == pytest.approx(3 * head.weight)
 
 

@@ -14,6 +14,10 @@ from anomaly_workers.detectors.maps import raw_scores
 SLOPE = 0.2
 """Of the network's units below 0."""
 
+BELOW = 0.2
+"""What a deviation below the head's knee counts of one above it. With nothing, hidden defects that a cold start takes
+for normal gain less from the head: magnetic_tile .891 instead of .902, pill .892 instead of .896."""
+
 _PREFIX = "head."
 _NETWORK = "network."
 
@@ -114,18 +118,19 @@ class Head:
         return ((self.along(seen) - self.centre) / self.spread).amax(dim=-1)
 
     def added(self, maps: Tensor) -> Tensor:
-        """Return what `maps` (n, h, w) add to the distances: nothing up to the knee, `weight` for each unit beyond.
+        """Return what `maps` (n, h, w) add to the distances: little up to the knee, `weight` for each unit beyond.
 
         A deviation loss asks defects to lie beyond a margin and normal images only to stay around 0 (arXiv 1911.08623,
         section 3.4), so what a head says below its margin tells little, least of all about a defect that it was not
         shown: that one would sink below normal images that happen to deviate a little. With whole tiles held out and
         a type of defect left out of the shots, magnetic_tile fell from .859 to .846 (masks) and .839 (verdicts)
-        without a knee, and rises to .875 and .866 with it.
+        without a knee, and rises to .867 and .860 with it.
         """
         deviations = maps - self.zero
         if self.knee is None:
             return self.weight * deviations
-        return self.weight * (deviations - self.knee).clamp_min(0)
+        low = deviations.clamp_max(self.knee)
+        return self.weight * (BELOW * low + (deviations - low))
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors that `restore` needs."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import median_abs_deviation
 from torch import Tensor
 from torch.nn import functional
 
@@ -49,9 +50,9 @@ WEIGHT, HALF = 1.5, 3
 """A standard deviation of the head's image score counts WEIGHT * n / (n + HALF) of one of the bank's for n defects,
 beyond the knee."""
 
-KNEE = 2.5
-"""Standard deviations above the mean of the normal images' scores, each by a head that has not seen the image, up to
-which a deviation counts nothing."""
+KNEE = 2.0
+"""Robust standard deviations above the median of the normal images' scores, each by a head that has not seen the image,
+up to which a deviation counts little. Robust, because in a cold start there are defects among the images."""
 
 UNDRAWN = 1 / 3
 """What a defect without a mask counts of one with: which patches show it is a guess."""
@@ -265,7 +266,7 @@ class _Seen:
         """Return up to where normal images reach that a head has not seen, above its `zero`."""
         places = self.normal_fold if len(found) > 1 else np.zeros(len(self._normals), np.int64)
         reached = [found[place][2][index] - found[place][0].zero for index, place in enumerate(places)]
-        return float(np.mean(reached) + KNEE * np.std(reached))
+        return float(np.median(reached) + KNEE * median_abs_deviation(reached, scale="normal"))
 
     def _joined(self, head: Head, deviations: Sequence[Tensor], alone: NDArray[np.float64]) -> _Scaled:
         raw = [
