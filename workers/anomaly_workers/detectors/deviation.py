@@ -124,7 +124,7 @@ class Head:
         section 3.4), so what a head says below its margin tells little, least of all about a defect that it was not
         shown: that one would sink below normal images that happen to deviate a little. With whole tiles held out and
         a type of defect left out of the shots, magnetic_tile fell from .859 to .846 (masks) and .839 (verdicts)
-        without a knee, and rises to .867 and .860 with it.
+        without a knee, and is at .864 and .856 with it.
         """
         deviations = maps - self.zero
         if self.knee is None:
