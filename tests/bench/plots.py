@@ -1,9 +1,10 @@
 """Draw the README's plots from what the measurements wrote.
 
     .venv/bin/python tests/bench/plots.py shots MASKS.json NO_MASKS.json -o .images/shots.png
-    .venv/bin/python tests/bench/plots.py inspector INSPECTOR.json -o .images/inspector.png
+    .venv/bin/python tests/bench/plots.py inspector INSPECTOR.json… -o .images/inspector.png
 
-The first two are `ls-anomaly eval --shots … --json` with and without masks; the third is `inspector.py --json`.
+The first two are `ls-anomaly eval --shots … --json` with and without masks; the others `inspector.py --json` or
+`live_inspector.py --json`, one file or several with a part of the classes each.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def inspector(figures: dict[str, Any]) -> Figure:
         perfect = 100 * row["defects"] / row["tasks"]
         axis.plot([0, perfect, 40], [0, 100, 100], ":", color="black", linewidth=1, label="perfect")
         axis.set_title(f"{name}: {row['defects']} defects in {row['tasks']}", fontsize=9)
-    axes[0].legend(fontsize=7)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower right", ncols=2, fontsize=8)
     figure.supxlabel("tasks reviewed, %", fontsize=9)
     figure.supylabel("defects found, %", fontsize=9)
     return figure
@@ -86,7 +87,8 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     given = parser.parse_args()
     read = [json.loads(file.read_text()) for file in given.files]
-    figure = shots(read[0], read[1]) if given.plot == "shots" else inspector(read[0])
+    joined = {name: orders for one in read for name, orders in one.items()}
+    figure = shots(read[0], read[1]) if given.plot == "shots" else inspector(joined)
     figure.tight_layout()
     figure.savefig(given.out, dpi=100)
     print(given.out)
