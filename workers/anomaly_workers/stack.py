@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 FRONT_PROCESSES = 2
 FRONT_THREADS = 8
 START_SECONDS = 60.0
+STOP_SECONDS = 15.0
+COMPANION = ("--config", "python:anomaly_backend.companion")
+"""Of a front end that ends with this process, even when it is killed: otherwise it would keep the port."""
 
 
 def front_command(settings: Settings) -> list[str]:
@@ -71,7 +74,7 @@ class Stack:
         redis_url = server.ensure(self.settings)
         environ = os.environ | to_environ(self.settings)
         # A session of its own: Ctrl-C reaches us alone, and we stop the parts in order.
-        self._front = subprocess.Popen(command, env=environ, start_new_session=True)
+        self._front = subprocess.Popen([*command, *COMPANION], env=environ, start_new_session=True)
         self._supervisor = Supervisor(self.settings, redis_url, workers=self.settings.workers)
         self._supervisor.start()
         self._wait_for_front()
@@ -97,7 +100,12 @@ class Stack:
             self._supervisor.stop()
         if self._front is not None and self._front.poll() is None:
             self._front.send_signal(signal.SIGTERM)
-            self._front.wait(timeout=15)
+            try:
+                self._front.wait(timeout=STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                logger.warning("the front end did not stop within %.0f s and is killed", STOP_SECONDS)
+                os.killpg(self._front.pid, signal.SIGKILL)
+                self._front.wait()
         if not self.settings.redis_url:
             server.stop(self.settings)
 
