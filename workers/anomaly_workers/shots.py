@@ -51,7 +51,7 @@ class ShotOptions:
 class _Looked:
     """A test image as every head sees it; features in half precision to keep a class in memory."""
 
-    patches: Tensor = field(repr=False)
+    grid: Grids = field(repr=False)
     residuals: Tensor = field(repr=False)
     distances: Tensor = field(repr=False)
 
@@ -163,7 +163,7 @@ def trials(detector: PatchwiseDetector, joined: PatchwiseDetector, taught: Study
 def _look(detector: PatchwiseDetector, grid: Grids) -> _Looked:
     with torch.inference_mode():
         distances, residuals = detector.memory.looked_up(grid)
-        return _Looked(grid.patches.half(), residuals.half(), distances)
+        return _Looked(grid.half(), residuals.half(), distances)
 
 
 def _detections(
@@ -179,7 +179,7 @@ def _detections(
         for picture, one in zip(pictures, looked, strict=True):
             values = one.distances
             if head is not None:
-                deviation = head.maps(views(one.residuals.float(), one.patches.float()))
+                deviation = head.maps(views(one.residuals.float(), one.grid.float()))
                 values = deviation if alone else fused(values, head.added(deviation))
             found += detections(detector, [picture], values)
     return found

@@ -204,7 +204,7 @@ class PatchwiseDetector(Detector):
             calm = plain if memory is fitted else memory.distances(grids, without=without)
             return calm, plain, [[] for _ in range(len(grids))]
         distances, residuals = fitted.looked_up(grids, without=without)
-        deviations = head.maps(views(residuals, grids.patches))  # (n, h, w)
+        deviations = head.maps(views(residuals, grids))  # (n, h, w)
         parts = torch.stack([raw_scores(distances), raw_scores(deviations - head.zero)], dim=1).tolist()  # (n, 2)
         more = head.added(deviations)
         plain = fused(distances, more)

@@ -48,6 +48,14 @@ class Grids:
         part = slice(index, index + 1)
         return Grids(self.patches[part], None if self.context is None else self.context[part])
 
+    def half(self) -> Grids:
+        """Return them in half precision, to keep many in memory."""
+        return Grids(self.patches.half(), None if self.context is None else self.context.half())
+
+    def float(self) -> Grids:
+        """Return them in single precision."""
+        return Grids(self.patches.float(), None if self.context is None else self.context.float())
+
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of patches."""
