@@ -31,7 +31,7 @@ from anomaly_workers.detectors.patchwise import PatchwiseDetector
 from anomaly_workers.detectors.scales import Grids
 from anomaly_workers.evaluate import ClassFolder, EvalOptions
 from anomaly_workers.refine import gate
-from anomaly_workers.refine.study import Lesson, inside_cells, study
+from anomaly_workers.refine.study import Lesson, inside_cells, invent, study
 from anomaly_workers.sweep import ENOUGH_NORMALS, ENOUGH_OF_EACH
 from anomaly_workers.types import Detection, Picture
 
@@ -116,7 +116,8 @@ def learn(here: Scene, labels: dict[int, bool], champion: Model | None, *, seed:
     places = {chosen[at]: place for place, at in enumerate(kept)}
     candidates = []
     if champion is not None and min(len(bad), len(normal)) >= ENOUGH_OF_EACH:
-        taught = study(detector.memory, [here.grids[chosen[at]] for at in kept], [lesson(here, i) for i in bad])
+        invented = invent(detector.grids, [pictures[at] for at in kept])
+        taught = study(detector.memory, [grids[at] for at in kept], [lesson(here, i) for i in bad], invented=invented)
         joined = detector.joined(taught.head, taught.normals.tolist())
         scores = {i: joined.calibrated(float(raw)) for i, raw in zip(bad, taught.lessons, strict=True)}
         candidates.append((joined, scores | {i: joined.held_out[places[i]] for i in normal if i in places}))

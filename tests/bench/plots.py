@@ -2,9 +2,11 @@
 
     .venv/bin/python tests/bench/plots.py shots MASKS.json NO_MASKS.json -o .images/shots.png
     .venv/bin/python tests/bench/plots.py inspector INSPECTOR.json… -o .images/inspector.png
+    .venv/bin/python tests/bench/plots.py synthesised -o .images/synthesised.png
 
 The first two are `ls-anomaly eval --shots … --json` with and without masks; the others `inspector.py --json` or
-`live_inspector.py --json`, one file or several with a part of the classes each.
+`live_inspector.py --json`, one file or several with a part of the classes each. The last shows made-up defects on the
+washers of `make demo`, each kind in turn.
 """
 
 from __future__ import annotations
@@ -15,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 
 mpl.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from anomaly_workers import sample
+from anomaly_workers.refine.synthetic import DEFECTS, synthesised
+from anomaly_workers.types import Picture
 
 BLUE, ORANGE, GREY = "#1f6fb2", "#e08e1b", "#777777"
 COLOURS = {"random": GREY, "highest unsupervised": ORANGE, "mix": BLUE}
@@ -80,15 +87,32 @@ def inspector(figures: dict[str, Any]) -> Figure:
     return figure
 
 
+def made_up() -> Figure:
+    """Two washers with a defect of each kind, outlined."""
+    random = np.random.default_rng(3)
+    washers = [np.asarray(sample.washer(random)) for _ in range(8)]
+    pictures = [Picture(pixels, pixels.shape[:2]) for pixels in washers]
+    figure, axes = plt.subplots(2, len(DEFECTS), figsize=(9, 3.3))
+    for column, kind in enumerate(DEFECTS):
+        shape, fill = (part.__name__.strip("_") for part in kind)
+        for axis, one in zip(axes[:, column], synthesised(pictures, 2, kinds=[kind], seed=column), strict=True):
+            axis.imshow(one.picture.pixels)
+            axis.contour(one.mask, [0.5], colors=ORANGE, linewidths=0.7)
+            axis.set_axis_off()
+        axes[0, column].set_title(f"{shape}, {fill}", fontsize=8)
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plot", choices=("shots", "inspector"))
-    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("plot", choices=("shots", "inspector", "synthesised"))
+    parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("-o", "--out", type=Path, required=True)
     given = parser.parse_args()
     read = [json.loads(file.read_text()) for file in given.files]
     joined = {name: orders for one in read for name, orders in one.items()}
-    figure = shots(read[0], read[1]) if given.plot == "shots" else inspector(joined)
+    drawn = {"shots": lambda: shots(*read), "inspector": lambda: inspector(joined), "synthesised": made_up}
+    figure = drawn[given.plot]()
     figure.tight_layout()
     figure.savefig(given.out, dpi=100)
     print(given.out)

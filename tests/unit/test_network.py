@@ -25,10 +25,10 @@ def normal(count: int, seed: int) -> Tensor:
     return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)) * spread + 3
 
 
-def defective(count: int, seed: int) -> Tensor:
+def defective(count: int, seed: int, axis: int = -1) -> Tensor:
     """Normal patches with something that is small beside what varies anyway."""
     patches = normal(count, seed)
-    patches[:, -1] += 3
+    patches[:, axis] += 3
     return patches
 
 
@@ -37,15 +37,21 @@ def space(patches: Tensor) -> Space:
 
 
 def trained(
-    normals: Tensor, defects: Sequence[Sequence[Tensor]], without: Sequence[int | None], *, seed: int = 0
+    normals: Tensor,
+    defects: Sequence[Sequence[Tensor]],
+    without: Sequence[int | None],
+    *,
+    made: Sequence[Tensor] = (),
+    made_fold: Sequence[int] = (),
+    seed: int = 0,
 ) -> list[Network]:
     folds = torch.arange(len(normals)) % FOLDS
-    return train(space(normal(2000, 0)), normals, folds, defects, without, seed=seed)
+    return train(space(normal(2000, 0)), normals, folds, defects, without, made=made, made_fold=made_fold, seed=seed)
 
 
-def ranks(net: Network) -> float:
+def ranks(net: Network, axis: int = -1) -> float:
     """Image AUROC, so to say, on patches that nobody has seen."""
-    scores = torch.cat([net(normal(400, 50)), net(defective(400, 51))]).numpy()
+    scores = torch.cat([net(normal(400, 50)), net(defective(400, 51, axis))]).numpy()
     found = metrics.auroc(np.arange(800) >= 400, scores)
     assert found is not None
     return found
@@ -77,6 +83,30 @@ def test_what_a_fold_holds_out_does_not_change_its_network() -> None:
     assert not torch.allclose(before[1].hidden, after[1].hidden)
     alone = trained(normals, of_nets[:1], [1])[0]
     assert torch.allclose(alone.hidden, before[0].hidden, atol=1e-5)  # the one trained beside it does not matter
+
+
+def test_made_up_defects_teach_what_no_confirmed_one_shows() -> None:
+    defects, made = [defective(6, seed) for seed in range(10, 15)], [defective(20, seed, -2) for seed in range(60, 80)]
+    normals, folds = normal(2000, 0), [0] * len(made)
+    (without,), (with_them,) = (
+        trained(normals, [defects], [None]),
+        trained(normals, [defects], [None], made=made, made_fold=folds),
+    )
+    assert ranks(without, -2) < 0.7
+    assert ranks(with_them, -2) > 0.8  # 0.94 is the most: the shift is 2.2 deviations
+    assert ranks(with_them) > 0.95
+
+
+def test_a_made_up_defect_is_held_out_with_the_image_behind_it() -> None:
+    normals, defects = normal(900, 0), [defective(6, seed) for seed in range(10, 14)]
+    made = [defective(20, seed, -2) for seed in range(60, 66)]
+    other = [made[0] + 5, *made[1:]]
+    before, after = (
+        trained(normals, [defects, defects], [1, None], made=some, made_fold=[1, 0, 0, 1, 2, 2])
+        for some in (made, other)
+    )
+    assert torch.equal(before[0].hidden, after[0].hidden)
+    assert not torch.allclose(before[1].hidden, after[1].hidden)
 
 
 def test_the_seed_makes_it_repeatable() -> None:

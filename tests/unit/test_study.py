@@ -18,7 +18,7 @@ from anomaly_workers.detectors.patchwise import PatchwiseDetector
 from anomaly_workers.detectors.scales import Grids
 from anomaly_workers.errors import Cancelled, ConfigError
 from anomaly_workers.refine import gate
-from anomaly_workers.refine.study import Lesson, Study, inside_cells, study
+from anomaly_workers.refine.study import Lesson, Study, inside_cells, invent, study
 from anomaly_workers.shots import trials
 from anomaly_workers.types import Picture
 
@@ -92,6 +92,36 @@ def test_new_defects_score_higher_with_the_head_and_normals_do_not(
     change = np.mean([d.score for d in joined.predict(good)]) - np.mean([d.score for d in detector.predict(good)])
     assert gain > 0
     assert gain > change
+
+
+def smoothed_away(seed: int) -> Picture:
+    """A surface with a defect of a kind that no lesson shows: a spot without grain."""
+    picture, _ = surface(seed)
+    row, column = np.random.default_rng(seed).integers(20, 70, 2)
+    pixels = picture.pixels.copy()
+    spot = pixels[row : row + 9, column : column + 9]
+    spot[:] = spot.mean()
+    return Picture(pixels, picture.size)
+
+
+def test_made_up_defects_help_with_a_kind_that_nobody_confirmed(
+    detector: PatchwiseDetector, normals: list[Grids]
+) -> None:
+    """By the image AUROC of the head alone, which the bank's part would hide."""
+    made = invent(detector.grids, [surface(seed)[0] for seed in range(24)])
+    new = [surface(600 + i)[0] for i in range(20)] + [smoothed_away(700 + i) for i in range(20)]
+    grids = detector.grids(new)
+    known = lessons(detector, 5, masks=True)
+
+    def ranks(seed: int, *, helped: bool) -> float:
+        head = study(detector.memory, normals, known, invented=made if helped else (), seed=seed).head
+        seen = [views(detector.memory.looked_up(grid)[1], grid) for grid in grids]
+        found = metrics.auroc(np.arange(40) >= 20, np.array([float(raw_scores(head.maps(one))[0]) for one in seen]))
+        assert found is not None
+        return found
+
+    with_them, without = (np.mean([ranks(seed, helped=helped) for seed in range(3)]) for helped in (True, False))
+    assert with_them > without
 
 
 def test_a_head_is_saved_with_its_detector(detector: PatchwiseDetector, normals: list[Grids], tmp_path: Path) -> None:
@@ -255,7 +285,7 @@ def test_with_three_of_ten_verdicts_flipped_no_worse_head_passes_the_gate(seed: 
     wrong = [Lesson(grid) for grid in made.grids([surface(start + 100 + i)[0] for i in range(3)])]
     right = [Lesson(grid) for grid in made.grids([surface(start + 150 + i, defect=True)[0] for i in range(7)])]
 
-    taught = study(made.memory, grids, [*wrong, *right], seed=seed)
+    taught = study(made.memory, grids, [*wrong, *right], invented=invent(made.grids, taken), seed=seed)
     joined = made.joined(taught.head, taught.normals.tolist())
     decision = gate.decide(trials(made, joined, taught), seed=seed)
 

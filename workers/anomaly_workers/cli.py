@@ -299,8 +299,10 @@ def evaluate(
     """Fit on train/good, score test/, print and write the metrics of each class; with --shots also learn from pool/."""
     stack.require("torch", extra="workers")
     from anomaly_workers import evaluate as evaluation
+    from anomaly_workers import heap
     from anomaly_workers import shots as few
 
+    heap.keep_freed()
     options = evaluation.EvalOptions(
         detector=detector,
         backbone=backbone,

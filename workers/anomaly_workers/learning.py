@@ -6,12 +6,13 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import metadata
 from typing import cast
 
 from torch import Tensor
 
-from anomaly_workers import operating, policy, scoring, sweep
+from anomaly_workers import heap, operating, policy, scoring, sweep
 from anomaly_workers.counters import count
 from anomaly_workers.detectors.patchwise import PatchwiseDetector, fingerprint
 from anomaly_workers.detectors.scales import Grids
@@ -20,7 +21,7 @@ from anomaly_workers.operating import Evidence
 from anomaly_workers.policy import Rule
 from anomaly_workers.refine import gate
 from anomaly_workers.refine.gate import Thresholds
-from anomaly_workers.refine.study import Lesson, inside_cells, study
+from anomaly_workers.refine.study import Lesson, inside_cells, invent, study
 from anomaly_workers.runtime import Runtime, Session
 from anomaly_workers.store import ProjectStore
 from anomaly_workers.sweep import TrainingTasks
@@ -76,6 +77,13 @@ def fit(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict
     pressed Start training), "feedback" (enough new verdicts). A version that does not pass the gate is kept with the
     reason on its card, and may still be promoted by hand.
     """
+    try:
+        return _learn(runtime, progress, project=project, run=run)
+    finally:
+        heap.give_back()
+
+
+def _learn(runtime: Runtime, progress: Progress, *, project: int, run: str) -> dict[str, int | str]:
     session = runtime.session(project)
     if session.store.current and run == "first":
         return {"skipped": "there is a version already"}
@@ -198,7 +206,9 @@ def _candidates(detector: PatchwiseDetector, material: Material, progress: Progr
         return [bank]
     lessons = [Lesson(grid, _inside(one.example, grid)) for one, grid in zip(defects, lesson_grids, strict=True)]
     normal_grids = [grids[i] for i in kept]
-    taught = study(detector.memory, normal_grids, lessons, progress=scoring.part(progress, 0.6, 1.0))
+    grids_of = partial(detector.grids, progress=scoring.part(progress, 0.6, 0.7, "synthesising defects"))
+    invented = invent(grids_of, [pictures[i] for i in kept])
+    taught = study(detector.memory, normal_grids, lessons, invented=invented, progress=scoring.part(progress, 0.7, 1.0))
     joined = detector.joined(taught.head, taught.normals.tolist())
     scores = {task: joined.held_out[normals_by_place[task]] for task in inside}
     scores |= {

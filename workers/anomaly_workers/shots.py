@@ -21,7 +21,7 @@ from anomaly_workers.detectors.scales import Grids
 from anomaly_workers.errors import ConfigError
 from anomaly_workers.evaluate import ClassFolder, EvalOptions, Figures
 from anomaly_workers.refine import gate
-from anomaly_workers.refine.study import Lesson, Study, inside_cells, study
+from anomaly_workers.refine.study import Lesson, Study, inside_cells, invent, study
 from anomaly_workers.types import JSON, Detection, Picture
 
 KINDS = ("bank", "head", "fused")
@@ -93,7 +93,7 @@ def _class(one: ClassFolder, options: EvalOptions, drawn: ShotOptions, bars: Pro
     pictures = [picture for batch in evaluate.decoded(one.train, detector.side) for picture in batch]
     grids = detector.grids(pictures)
     kept = detector.fit_grids(grids, pictures, [True] * len(pictures))
-    normals = [grids[i] for i in kept]
+    normals, invented = [grids[i] for i in kept], invent(detector.grids, [pictures[i] for i in kept])
     test = [picture for batch in evaluate.decoded(one.test, detector.side) for picture in batch]
     looked = [_look(detector, grid) for grid in detector.grids(test)]
     bank = evaluate.measured(one, _detections(detector, test, looked, None))
@@ -105,7 +105,8 @@ def _class(one: ClassFolder, options: EvalOptions, drawn: ShotOptions, bars: Pro
             files = _draw(one, count, seed, drawn.unseen)
             row = dict.fromkeys(KINDS, bank)
             if files:
-                taught = study(detector.memory, normals, _lessons(detector, one, files, drawn.masks), seed=seed)
+                lessons = _lessons(detector, one, files, drawn.masks)
+                taught = study(detector.memory, normals, lessons, invented=invented, seed=seed)
                 joined = detector.joined(taught.head, taught.normals.tolist())
                 alone = detector.joined(taught.head, taught.normals_alone.tolist())
                 row["head"] = evaluate.measured(one, _detections(alone, test, looked, taught.head, alone=True))

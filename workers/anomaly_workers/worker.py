@@ -33,7 +33,7 @@ from rq.timeouts import UnixSignalDeathPenalty
 from rq.worker import SimpleWorker
 from rq.worker.base import WorkerStatus
 
-from anomaly_workers import lifeline, machine, server
+from anomaly_workers import heap, lifeline, machine, server
 from anomaly_workers.allowed import AllowedJob, check
 from anomaly_workers.errors import AnomalyError, Cancelled, ConfigError, JobError, Unauthorized, WeightsError
 from anomaly_workers.queues import LEARN, QUEUES, connect
@@ -320,6 +320,8 @@ def main(arguments: list[str] | None = None) -> None:
         lifeline.follow(options.parent)
     if options.queues == [LEARN]:
         os.nice(10)  # scoring goes first
+    if LEARN in options.queues:
+        heap.keep_freed()  # `learning.fit` gives it back
     settings = load_settings()
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for chatty in ("httpx", "timm"):  # a line a request with its whole query; a line a model

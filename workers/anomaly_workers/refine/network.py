@@ -25,7 +25,7 @@ HIDDEN, STEPS, RATE, DECAY, DROPPED = 32, 300, 2e-3, 1e-2, 0.2
 """Units, steps, highest learning rate (it rises and falls once), weight decay, share of the units dropped in a step."""
 
 NORMALS, PASTED = 512, 256
-"""Normal and synthesised patches in each step; every defect has an equal share of the latter."""
+"""Normal and defective patches in each step; every confirmed defect has an equal share of the latter."""
 
 FAINTEST = 0.5
 """Synthesised defects have this share, or up to all, of what a confirmed one adds to a typical normal patch. With
@@ -59,13 +59,16 @@ def train(
     defects: Sequence[Sequence[Tensor]],
     without: Sequence[int | None],
     *,
+    made: Sequence[Tensor] = (),
+    made_fold: Sequence[int] = (),
     seed: int,
     progress: Progress = no_progress,
 ) -> list[Network]:
     """Train one network for each of F left out folds; they share normal patches and steps, not weights.
 
     More defects are synthesised in every step: what a patch of a confirmed one adds to a typical normal patch is added,
-    paler or in full, to normal patches of other images. Nothing synthesised is ever scored.
+    paler or in full, to normal patches of other images. Half of the defects are made-up ones, where there are some.
+    Nothing synthesised is ever scored.
 
     Args:
         space: of the normal patches.
@@ -73,6 +76,8 @@ def train(
         normal_fold: (n,) the fold of each.
         defects: for each network, for each defect it may learn from, the views (k, D) of the patches that show it.
         without: for each network, the fold whose normal patches it must not see; None for all.
+        made: views (k, D) of the patches of each made-up defect.
+        made_fold: of each, the fold of the normal image behind it.
         seed: makes weights and draws repeatable.
         progress: told the done fraction; may raise to cancel.
     """
@@ -82,22 +87,31 @@ def train(
         centre, spread = float(references.mean()), float(references.std())
         bag = space(normals.float().clone())
         kept = torch.stack([normal_fold != -1 if fold is None else normal_fold != fold for fold in without]).to(bag)
-        sources = [[space(one.clone()) for one in of_net] for of_net in defects]
+        sources = [_Pool([space(one.clone()) for one in of_net]) for of_net in defects]
+        others = _Pool([space(one.float().clone()) for one in made]) if made else None
+        allowed = torch.tensor([[at != fold for at in made_fold] for fold in without]).to(bag)  # (F, made)
+        confirmed = PASTED - (PASTED // 2 if others else 0)
         layers = _layers(len(without), bag.shape[1], draw, bag.device)
         optimizer = torch.optim.AdamW(layers, lr=RATE, weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
         for step in range(STEPS):
             rows, under, share = (
                 torch.randint(len(bag), (NORMALS,), generator=draw),
-                torch.randint(len(bag), (PASTED,), generator=draw),
-                FAINTEST + (1 - FAINTEST) * torch.rand(PASTED, 1, generator=draw),
+                torch.randint(len(bag), (confirmed,), generator=draw),
+                FAINTEST + (1 - FAINTEST) * torch.rand(confirmed, 1, generator=draw),
             )
             chosen = torch.randint(1 << 30, (PASTED,), generator=draw)
-            picked = torch.stack([_picked(of_net, chosen) for of_net in sources])  # (F, PASTED, D)
-            pasted = bag[under] + share.to(bag.device) * picked
+            mine = torch.arange(confirmed)
+            picked = torch.stack([pool.drawn(chosen[:confirmed], mine % len(pool)) for pool in sources])
+            shown, known = bag[under] + share.to(bag.device) * picked, kept[:, under]  # (F, confirmed, D)
+            if others:
+                turn = torch.randint(len(others), (PASTED - confirmed,), generator=draw)
+                more = others.drawn(chosen[confirmed:], turn)  # (PASTED - confirmed, D)
+                shown = torch.cat([shown, more.expand(len(shown), -1, -1)], dim=1)  # (F, PASTED, D)
+                known = torch.cat([known, allowed[:, turn]], dim=1)
             flat = (_scores(layers, bag[rows], _kept_units(NORMALS, draw)) - centre) / spread  # (F, NORMALS)
-            high = (_scores(layers, pasted, _kept_units(PASTED, draw)) - centre) / spread  # (F, PASTED)
-            loss = _mean(flat.abs(), kept[:, rows]) + _mean((MARGIN - high).clamp_min(0), kept[:, under])
+            high = (_scores(layers, shown, _kept_units(PASTED, draw)) - centre) / spread  # (F, PASTED)
+            loss = _mean(flat.abs(), kept[:, rows]) + _mean((MARGIN - high).clamp_min(0), known)
             optimizer.zero_grad()
             torch.autograd.backward(loss.sum())
             optimizer.step()
@@ -141,12 +155,20 @@ def _scores(layers: Sequence[Tensor], rows: Tensor, kept: Tensor) -> Tensor:
     return scores.squeeze(-1)
 
 
-def _picked(defects: Sequence[Tensor], chosen: Tensor) -> Tensor:
-    """Return a patch (n, D) for each of n random numbers, of each defect in turn."""
-    sizes = torch.tensor([len(one) for one in defects])
-    starts = sizes.cumsum(0) - sizes
-    turn = torch.arange(len(chosen)) % len(defects)
-    return torch.cat(list(defects))[starts[turn] + chosen % sizes[turn]]
+class _Pool:
+    """Patches of k defects, (n, D) together, to be drawn defect by defect."""
+
+    def __init__(self, defects: Sequence[Tensor]) -> None:
+        self._rows = torch.cat(list(defects))
+        self._sizes = torch.tensor([len(one) for one in defects])
+        self._starts = self._sizes.cumsum(0) - self._sizes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def drawn(self, chosen: Tensor, turn: Tensor) -> Tensor:
+        """Return a patch (m, D) of the defect that each of `turn` (m,) names, by a random number for each."""
+        return self._rows[self._starts[turn] + chosen % self._sizes[turn]]
 
 
 def _mean(values: Tensor, weights: Tensor) -> Tensor:
