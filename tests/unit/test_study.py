@@ -164,6 +164,15 @@ def test_below_its_knee_a_head_says_little(detector: PatchwiseDetector, normals:
     assert replace(head, knee=None).added(torch.tensor([[[4.0]]])).item() == pytest.approx(3 * head.weight)
 
 
+def test_the_weight_scales_what_a_head_adds(detector: PatchwiseDetector, normals: list[Grids]) -> None:
+    known = lessons(detector, 3, masks=True)
+    whole, half, none = (study(detector.memory, normals, known, weight=weight) for weight in (1.0, 0.5, 0.0))
+    assert half.head.weight == pytest.approx(whole.head.weight / 2)
+    assert none.normals == pytest.approx(none.normals_before, abs=1e-5)
+    assert none.lessons == pytest.approx(none.lessons_before, abs=1e-5)
+    assert whole.lessons != pytest.approx(none.lessons, abs=1e-3)
+
+
 @pytest.mark.parametrize("knee", [None, 2.0])
 def test_a_head_is_restored_with_and_without_its_knee(
     detector: PatchwiseDetector, normals: list[Grids], knee: float | None

@@ -295,6 +295,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Draws for each number of shots.", min=1)] = 5,
     masks: Annotated[bool, typer.Option(help="Use the ground truth of the shots, or their verdicts alone.")] = True,
     unseen: Annotated[str, typer.Option(help="Defect type that is never among the shots, and alone in test.")] = "",
+    head_weight: Annotated[float, typer.Option(help="How much the shots change scores.", min=0, max=3)] = 1.0,
 ) -> None:
     """Fit on train/good, score test/, print and write the metrics of each class; with --shots also learn from pool/."""
     stack.require("torch", extra="workers")
@@ -313,7 +314,7 @@ def evaluate(
     )
     figures: Any
     if shots:
-        drawn = few.ShotOptions(shots=_numbers(shots), seeds=seeds, masks=masks, unseen=unseen)
+        drawn = few.ShotOptions(_numbers(shots), seeds=seeds, masks=masks, unseen=unseen, weight=head_weight)
         figures = few.evaluate_shots(folders, options, drawn, console=console)
     else:
         figures = evaluation.evaluate(folders, options, console=console)

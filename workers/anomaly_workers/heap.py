@@ -17,7 +17,8 @@ def keep_freed(environ: Mapping[str, str] = os.environ) -> bool:
     """Keep freed memory for the next allocation instead of returning it to the system; tell whether that was done.
 
     Feature maps are megabytes each. As it comes, glibc returns every one and gets fresh pages for the next, which the
-    kernel has to clear.
+    kernel has to clear. Bank and head of 150 images took 20.0 s instead of 21.2 on two cores, 0.8 s instead of 3.0 of
+    them in the kernel, and 2.2 GB instead of 1.9.
     """
     if any(name.startswith(OWN_WAY) for name in environ) or (library := _glibc()) is None:
         return False

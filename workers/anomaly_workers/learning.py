@@ -102,7 +102,8 @@ def _learn(runtime: Runtime, progress: Progress, *, project: int, run: str) -> d
     material = _gathered(runtime, session, detector, chosen, examples, scoring.part(polite, 0.0, 0.25))
     if len(material.tasks) < 2:
         return {"waiting": len(material.tasks)}
-    trained = _candidates(detector, material, scoring.part(polite, 0.25, 0.9))
+    weight = runtime.settings.head_weight
+    trained = _candidates(detector, material, scoring.part(polite, 0.25, 0.9), weight=weight)
     candidates = [_with_threshold(runtime, session, one, material.confirmed) for one in trained]
     winner, decision = _choose(runtime, session, candidates, material.confirmed)
     card = _card(runtime, material, winner, run) | {
@@ -180,8 +181,10 @@ def _gathered(
     )
 
 
-def _candidates(detector: PatchwiseDetector, material: Material, progress: Progress) -> list[Candidate]:
-    """Fit the bank and, on confirmed defects, a head; return both, the one with a head first."""
+def _candidates(
+    detector: PatchwiseDetector, material: Material, progress: Progress, *, weight: float
+) -> list[Candidate]:
+    """Fit the bank and, on confirmed defects, a head of that weight; return both, the one with a head first."""
     pictures, confirmed = material.pictures, material.confirmed
     grids = detector.grids(pictures, progress=scoring.part(progress, 0.0, 0.3))
     defects = [one for one in confirmed if one.example.anomaly]
@@ -202,13 +205,14 @@ def _candidates(detector: PatchwiseDetector, material: Material, progress: Progr
         | {task: detector.held_out[normals_by_place[task]] for task in inside},
         "bank",
     )
-    if not defects or not detector.learns_defects:
+    if not defects or not detector.learns_defects or not weight:
         return [bank]
     lessons = [Lesson(grid, _inside(one.example, grid)) for one, grid in zip(defects, lesson_grids, strict=True)]
     normal_grids = [grids[i] for i in kept]
     grids_of = partial(detector.grids, progress=scoring.part(progress, 0.6, 0.7, "synthesising defects"))
     invented = invent(grids_of, [pictures[i] for i in kept])
-    taught = study(detector.memory, normal_grids, lessons, invented=invented, progress=scoring.part(progress, 0.7, 1.0))
+    part = scoring.part(progress, 0.7, 1.0)
+    taught = study(detector.memory, normal_grids, lessons, invented=invented, weight=weight, progress=part)
     joined = detector.joined(taught.head, taught.normals.tolist())
     scores = {task: joined.held_out[normals_by_place[task]] for task in inside}
     scores |= {
@@ -306,6 +310,7 @@ def _card(
         "backbone": runtime.settings.backbone,
         "image_size": runtime.settings.image_size,
         "seed": winner.detector.options.seed,
+        "head_weight": runtime.settings.head_weight,
         "run": run,
         "kind": winner.kind,
         "mode": "confirmed normals" if all(material.flags) else "cold start",

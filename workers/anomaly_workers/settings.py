@@ -52,6 +52,9 @@ class Settings(BaseModel):
     max_image_bytes: int = Field(200_000_000, ge=1000, description="Larger downloads are refused.")
     learn_after: int = Field(5, ge=1, description="New verdicts after which a project learns from them.")
     learn_quiet_seconds: float = Field(60.0, ge=0, description="Quiet time after which it learns from fewer.")
+    head_weight: float = Field(
+        1.0, ge=0, le=3, description="How much confirmed defects change the scores. 0: not at all."
+    )
     sweep_seconds: float = Field(20.0, gt=0, description="How often work that a webhook missed is looked for.")
     settle_seconds: float = Field(
         5.0, ge=0, description="Quiet time after the last new image before a small first fit."

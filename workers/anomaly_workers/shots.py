@@ -21,7 +21,7 @@ from anomaly_workers.detectors.scales import Grids
 from anomaly_workers.errors import ConfigError
 from anomaly_workers.evaluate import ClassFolder, EvalOptions, Figures
 from anomaly_workers.refine import gate
-from anomaly_workers.refine.study import Lesson, Study, inside_cells, invent, study
+from anomaly_workers.refine.study import WEIGHT, Lesson, Study, inside_cells, invent, study
 from anomaly_workers.types import JSON, Detection, Picture
 
 KINDS = ("bank", "head", "fused")
@@ -39,12 +39,14 @@ class ShotOptions:
         masks: use the ground truth of the shots, or their verdicts alone.
         unseen: a defect type, the name of a folder in pool/, that is never among the shots and alone, with the normal
             images, in test/: the hard setting of DRA (arXiv 2203.14506, section 4.1); "" for none.
+        weight: how much the head counts beside the bank, ANOMALY_HEAD_WEIGHT.
     """
 
     shots: tuple[int, ...] = (0, 1, 5, 10)
     seeds: int = 5
     masks: bool = True
     unseen: str = ""
+    weight: float = WEIGHT
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +108,7 @@ def _class(one: ClassFolder, options: EvalOptions, drawn: ShotOptions, bars: Pro
             row = dict.fromkeys(KINDS, bank)
             if files:
                 lessons = _lessons(detector, one, files, drawn.masks)
-                taught = study(detector.memory, normals, lessons, invented=invented, seed=seed)
+                taught = study(detector.memory, normals, lessons, invented=invented, weight=drawn.weight, seed=seed)
                 joined = detector.joined(taught.head, taught.normals.tolist())
                 alone = detector.joined(taught.head, taught.normals_alone.tolist())
                 row["head"] = evaluate.measured(one, _detections(alone, test, looked, taught.head, alone=True))
