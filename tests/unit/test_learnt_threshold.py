@@ -17,7 +17,7 @@ from anomaly_workers.learning import Candidate, Confirmed
 from anomaly_workers.runtime import Session
 from anomaly_workers.settings import Settings, load_settings
 from anomaly_workers.store import ProjectStore, Store
-from anomaly_workers.types import Picture
+from anomaly_workers.types import Picture, no_progress
 
 
 class Runtime:
@@ -116,3 +116,16 @@ def test_a_fit_does_not_undo_what_somebody_deployed_meanwhile(store: ProjectStor
     assert learning.overtaken(store, first)
     store.deploy(other, reason="by hand")
     assert learning.overtaken(store, first)
+
+
+@pytest.mark.parametrize(("weight", "kinds"), [(1.0, ["bank and head", "bank"]), (0.0, ["bank"])])
+def test_without_a_weight_confirmed_defects_make_no_head(weight: float, kinds: list[str]) -> None:
+    random = np.random.default_rng(1)
+    pictures = [Picture(random.integers(90, 160, (32, 32, 3), dtype=np.uint8), size=(32, 32)) for _ in range(8)]
+    dark = Picture(pictures[0].pixels // 3, size=(32, 32))
+    defect = Confirmed(Example(99, "", True, None, None, 1, (99,), (), "", None, ""), dark)
+    material = learning.Material(8, range(8), pictures, [True] * 8, [defect])
+    fresh = cast(PatchwiseDetector, detectors.create(Options(detector="patchcore", image_size=32)))
+    found = learning._candidates(fresh, material, no_progress, weight=weight)
+    assert [one.kind for one in found] == kinds
+    assert all(set(one.scores) == {99} for one in found)
