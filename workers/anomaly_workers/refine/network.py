@@ -90,25 +90,12 @@ def train(
         sources = [_Pool([space(one.clone()) for one in of_net]) for of_net in defects]
         others = _Pool([space(one.float().clone()) for one in made]) if made else None
         allowed = torch.tensor([[at != fold for at in made_fold] for fold in without]).to(bag)  # (F, made)
-        confirmed = PASTED - (PASTED // 2 if others else 0)
         layers = _layers(len(without), bag.shape[1], draw, bag.device)
         optimizer = torch.optim.AdamW(layers, lr=RATE, weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
         for step in range(STEPS):
-            rows, under, share = (
-                torch.randint(len(bag), (NORMALS,), generator=draw),
-                torch.randint(len(bag), (confirmed,), generator=draw),
-                FAINTEST + (1 - FAINTEST) * torch.rand(confirmed, 1, generator=draw),
-            )
-            chosen = torch.randint(1 << 30, (PASTED,), generator=draw)
-            mine = torch.arange(confirmed)
-            picked = torch.stack([pool.drawn(chosen[:confirmed], mine % len(pool)) for pool in sources])
-            shown, known = bag[under] + share.to(bag.device) * picked, kept[:, under]  # (F, confirmed, D)
-            if others:
-                turn = torch.randint(len(others), (PASTED - confirmed,), generator=draw)
-                more = others.drawn(chosen[confirmed:], turn)  # (PASTED - confirmed, D)
-                shown = torch.cat([shown, more.expand(len(shown), -1, -1)], dim=1)  # (F, PASTED, D)
-                known = torch.cat([known, allowed[:, turn]], dim=1)
+            rows = torch.randint(len(bag), (NORMALS,), generator=draw)
+            shown, known = _defective(bag, kept, sources, others, allowed, draw)
             flat = (_scores(layers, bag[rows], _kept_units(NORMALS, draw)) - centre) / spread  # (F, NORMALS)
             high = (_scores(layers, shown, _kept_units(PASTED, draw)) - centre) / spread  # (F, PASTED)
             loss = _mean(flat.abs(), kept[:, rows]) + _mean((MARGIN - high).clamp_min(0), known)
@@ -124,6 +111,25 @@ def train(
             Network(weights, offset - space.origin @ weights, last)
             for weights, offset, last in zip(hidden, bias[:, 0], out[..., 0], strict=True)
         ]
+
+
+def _defective(
+    bag: Tensor, kept: Tensor, sources: Sequence[_Pool], others: _Pool | None, allowed: Tensor, draw: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Draw a step's defective patches (F, PASTED, D), and which of them each network may see (F, PASTED)."""
+    confirmed = PASTED - (PASTED // 2 if others else 0)
+    under = torch.randint(len(bag), (confirmed,), generator=draw)
+    share = FAINTEST + (1 - FAINTEST) * torch.rand(confirmed, 1, generator=draw)
+    chosen = torch.randint(1 << 30, (PASTED,), generator=draw)
+    mine = torch.arange(confirmed)
+    picked = torch.stack([pool.drawn(chosen[:confirmed], mine % len(pool)) for pool in sources])
+    shown, known = bag[under] + share.to(bag.device) * picked, kept[:, under]  # (F, confirmed, D)
+    if others:
+        turn = torch.randint(len(others), (PASTED - confirmed,), generator=draw)
+        more = others.drawn(chosen[confirmed:], turn)  # (PASTED - confirmed, D)
+        shown = torch.cat([shown, more.expand(len(shown), -1, -1)], dim=1)
+        known = torch.cat([known, allowed[:, turn]], dim=1)
+    return shown, known
 
 
 def _layers(count: int, width: int, draw: torch.Generator, device: torch.device) -> list[Tensor]:
