@@ -6,6 +6,9 @@ Each run is a project of its own: its images are uploaded, scored and put in ord
 inspector takes what the label stream of "Review next" serves; the other orders are fixed. Every verdict, with the mask
 where there is one, is an annotation of Label Studio; after `STEPS` labels the inspector waits until everything is
 learnt, rolled out and in order again. Images that are never uploaded tell the image AUROC of the deployed version.
+
+A run takes minutes and is written to the file of `--json` as soon as it ends; started again with the same file, the
+bench makes only the runs that are missing. `--at-once` runs share the workers, as projects do.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from threading import Event
+from typing import cast
 
 import numpy as np
 from inspector import ORDERS, SHARES, STEPS, fresh, line, scene, summary
@@ -49,12 +55,13 @@ class Site:
     label_studio: instance.Instance
     settings: Settings
     client: Client
+    stopped: Event
 
     def queues(self) -> Queues:
         return Queues(queues.connect(server.ensure(self.settings)), self.settings)
 
 
-def review(site: Site, one: ClassFolder, order: str, *, seed: int, advance: Any) -> JSON:
+def review(site: Site, one: ClassFolder, order: str, *, seed: int, advance: Callable[..., None]) -> JSON:
     """Make a project, review 40 % of it in one order; return what was found when, and the AUROC on the way."""
     files, aside = scene(one, fresh(), seed=seed)
     shown = [path for path, apart in zip(files, aside, strict=True) if not apart]
@@ -75,17 +82,20 @@ def review(site: Site, one: ClassFolder, order: str, *, seed: int, advance: Any)
         anomalous = path_of[task].parent.name != "good"
         site.client.annotate(task, verdict(controls, path_of[task], anomalous=anomalous))
         found.append(anomalous + (found[-1] if found else 0))
-        advance(f"{one.name}, {order}: {len(found)} reviewed")
+        advance(description=f"{one.name}, {order}: {len(found)} reviewed")
         if len(found) in STEPS:
             settle(site, store, len(found))
             auroc[len(found)] = auroc_of(store, apart)
-    return {"found": found, "auroc": auroc, "tasks": len(tasks), "defects": sum(p.parent.name != "good" for p in shown)}
+    defects = sum(path.parent.name != "good" for path in shown)
+    return {"seed": seed, "found": found, "auroc": auroc, "tasks": len(tasks), "defects": defects}
 
 
 def settle(site: Site, store: ProjectStore, labels: int) -> None:
     """Wait until every label is learnt from, every open task has the deployed version's prediction, and a place."""
     deadline = time.monotonic() + PATIENCE
     while not is_settled(site, store, labels):
+        if site.stopped.is_set():
+            raise InterruptedError(f"project {store.id} was left after {labels} labels")
         if time.monotonic() > deadline:
             raise TimeoutError(f"project {store.id} did not settle after {labels} labels; see `ls-anomaly jobs`")
         time.sleep(0.5)
@@ -146,19 +156,47 @@ def auroc_of(store: ProjectStore, files: Sequence[Path]) -> float:
     return cast("float", metrics.auroc(labels, np.array([one.score for one in detector.predict(pictures)])))
 
 
+def timed(site: Site, one: ClassFolder, order: str, seed: int, advance: Callable[..., None]) -> tuple[str, JSON, float]:
+    began = time.monotonic()
+    return order, review(site, one, order, seed=seed, advance=advance), time.monotonic() - began
+
+
+def known_runs(file: Path | None) -> dict[str, dict[str, dict[int, JSON]]]:
+    """Return the runs that a file of figures holds, by class, order and seed."""
+    figures = json.loads(file.read_text()) if file and file.exists() else {}
+    return {
+        name: {
+            order: {run["seed"]: run | {"auroc": {int(k): v for k, v in run["auroc"].items()}} for run in row["runs"]}
+            for order, row in orders.items()
+        }
+        for name, orders in figures.items()
+    }
+
+
+def write(file: Path | None, runs: dict[str, dict[str, dict[int, JSON]]]) -> None:
+    if file:
+        figures = {
+            name: {order: summary([*rows.values()]) | {"runs": [*rows.values()]} for order, rows in orders.items()}
+            for name, orders in runs.items()
+        }
+        file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", help="classes in MVTec layout, or a folder of them")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--orders", default=",".join(ORDERS))
+    parser.add_argument("--at-once", type=int, default=1, help="how many runs share the workers")
     parser.add_argument("--port", type=int, default=8097, help="of Label Studio; the front end takes the next one")
     parser.add_argument("--label-studio", type=Path, default=LABEL_STUDIO)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     given = parser.parse_args()
     classes = [evaluate.read_class(folder) for folder in evaluate.class_folders(given.folders)]
     orders = given.orders.split(",")
-    figures: dict[str, dict[str, Any]] = {}
-    with ExitStack() as stack:
+    runs = known_runs(given.json)
+    with ThreadPoolExecutor(given.at_once) as pool, ExitStack() as stack:
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         where, login = folder / "label-studio", ("inspector@example.com", "correct-horse-9")
         running = instance.start(given.label_studio, folder=where, port=given.port, email=login[0], password=login[1])
@@ -177,20 +215,22 @@ def main() -> None:
         stack.callback(product.stop)
         product.start()
         bars = stack.enter_context(Progress(transient=True))
-        bar = bars.add_task("reviewing", total=len(classes) * given.seeds * len(orders))
-        for one in classes:
-            for order in orders:
-                rows = []
-                for seed in range(given.seeds):
-                    began = time.monotonic()
-                    advance = lambda text: bars.update(bar, description=text)  # noqa: E731
-                    rows.append(review(Site(running, settings, client), one, order, seed=seed, advance=advance))
-                    bars.advance(bar)
-                    figures.setdefault(one.name, {})[order] = summary(rows)
-                    print(f"{one.name} {order} seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
-                    if given.json:
-                        given.json.write_text(json.dumps(figures, indent=1) + "\n")
-                print(f"{one.name:14s} {order:22s} {line(figures[one.name][order])}", flush=True)
+        site = Site(running, settings, client, Event())
+        stack.callback(site.stopped.set)
+        cases = [(one, seed, order) for one in classes for seed in range(given.seeds) for order in orders]
+        cases = [case for case in cases if case[1] not in runs.get(case[0].name, {}).get(case[2], {})]
+        bar = bars.add_task("reviewing", total=len(cases))
+        advance = partial(bars.update, bar)
+        waiting = {pool.submit(timed, site, one, order, seed, advance): one for one, seed, order in cases}
+        for ended in as_completed(waiting):
+            one, (order, run, seconds) = waiting[ended], ended.result()
+            runs.setdefault(one.name, {}).setdefault(order, {})[run["seed"]] = run
+            write(given.json, runs)
+            bars.advance(bar)
+            print(f"{one.name} {order} seed {run['seed']}: {seconds:.0f} s", flush=True)
+    for name, found in runs.items():
+        for order, rows in found.items():
+            print(f"{name:14s} {order:22s} {line(summary([*rows.values()]))}", flush=True)
 
 
 if __name__ == "__main__":
