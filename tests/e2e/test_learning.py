@@ -77,7 +77,7 @@ def test_ten_defects_and_twenty_normals_make_a_gated_version(
     assert card["decision"]["normals"] == 20
     assert len(card["annotations"]) == 30
     assert store.current in {one["version"] for one in store.versions() if one["decision"]["promote"]}
-    assert after >= before - 0.01
+    assert after >= before + 0.02  # ten defects teach more than the normal images alone
     assert seconds < SECONDS * crowding()
 
     learnt_one = card["version"]
