@@ -8,7 +8,8 @@ where there is one, is an annotation of Label Studio; after `STEPS` labels the i
 learnt, rolled out and in order again. Images that are never uploaded tell the image AUROC of the deployed version.
 
 A run takes minutes and is written to the file of `--json` as soon as it ends; started again with the same file, the
-bench makes only the runs that are missing. `--at-once` runs share the workers, as projects do.
+bench makes only the runs that are missing, so that a file is for one state of the code. `--at-once` runs share the
+workers, as projects do.
 """
 
 from __future__ import annotations
@@ -164,6 +165,8 @@ def timed(site: Site, one: ClassFolder, order: str, seed: int, advance: Callable
 def known_runs(file: Path | None) -> dict[str, dict[str, dict[int, JSON]]]:
     """Return the runs that a file of figures holds, by class, order and seed."""
     figures = json.loads(file.read_text()) if file and file.exists() else {}
+    if any("runs" not in row for orders in figures.values() for row in orders.values()):
+        raise SystemExit(f"{file} has no single runs to go on from; give --json another file")
     return {
         name: {
             order: {run["seed"]: run | {"auroc": {int(k): v for k, v in run["auroc"].items()}} for run in row["runs"]}
@@ -179,7 +182,9 @@ def write(file: Path | None, runs: dict[str, dict[str, dict[int, JSON]]]) -> Non
             name: {order: summary([*rows.values()]) | {"runs": [*rows.values()]} for order, rows in orders.items()}
             for name, orders in runs.items()
         }
-        file.write_text(json.dumps(figures, indent=1) + "\n")
+        scratch = file.with_name(f".{file.name}")  # a stop while it is written loses no run
+        scratch.write_text(json.dumps(figures, indent=1) + "\n")
+        scratch.replace(file)
 
 
 def main() -> None:
@@ -194,6 +199,8 @@ def main() -> None:
     given = parser.parse_args()
     classes = [evaluate.read_class(folder) for folder in evaluate.class_folders(given.folders)]
     orders = given.orders.split(",")
+    if unknown := set(orders) - set(ORDERS):
+        parser.error(f"no such order: {', '.join(sorted(unknown))}; there are {', '.join(ORDERS)}")
     runs = known_runs(given.json)
     with ThreadPoolExecutor(given.at_once) as pool, ExitStack() as stack:
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
@@ -222,7 +229,12 @@ def main() -> None:
         bar = bars.add_task("reviewing", total=len(cases))
         advance = partial(bars.update, bar)
         waiting = {pool.submit(timed, site, one, order, seed, advance): one for one, seed, order in cases}
+        failed = 0
         for ended in as_completed(waiting):
+            if problem := ended.exception():  # of one project: the others go on
+                print(f"{waiting[ended].name}: {type(problem).__name__}: {problem}", flush=True)
+                failed += 1
+                continue
             one, (order, run, seconds) = waiting[ended], ended.result()
             runs.setdefault(one.name, {}).setdefault(order, {})[run["seed"]] = run
             write(given.json, runs)
@@ -231,6 +243,8 @@ def main() -> None:
     for name, found in runs.items():
         for order, rows in found.items():
             print(f"{name:14s} {order:22s} {line(summary([*rows.values()]))}", flush=True)
+    if failed:
+        raise SystemExit(f"{failed} runs failed; the same command makes them again")
 
 
 if __name__ == "__main__":
